@@ -1,0 +1,93 @@
+"""A batch: stretches of users' histories and the requests asked along them, as jagged tensors.
+
+One *segment* is a stretch of one user's events in time order. One *query* is a request at a point of that stretch: it sees the user's profile and
+the first `visible` events of its segment, never its own event or a later one. Training asks a query at every event of a segment in one pass;
+serving asks one query behind the last event. So training, evaluation, rollouts and serving share one form.
+
+Item features travel in an `ItemBlock`: the batch's item indices point into it, not into the catalogue. With the tied head the block is the
+whole catalogue; else the batch's distinct items.
+
+Legend: B segments, N history events of all segments, Q queries, U items of the block, L SID levels, C side features, F text width, P profile columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class ItemBlock:
+    """The items that a batch can point at. `ids_U` are catalogue indices: the rows to look up in the item table."""
+
+    ids_U: Tensor
+    codes_UL: Tensor
+    side_UC: Tensor
+    text_UF: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> ItemBlock:
+        return ItemBlock(**{f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self)})
+
+
+@dataclass
+class Batch:
+    """Offsets are cumulative with a leading 0. Every `item` and `trigger` is an index into `items` (-1: none). `target_Q` is -1 when serving."""
+
+    items: ItemBlock
+    user_B: Tensor
+    profile_BP: Tensor
+    item_N: Tensor
+    action_N: Tensor
+    scenario_N: Tensor
+    time_N: Tensor
+    history_offset: Tensor
+    query_offset: Tensor
+    visible_Q: Tensor
+    scenario_Q: Tensor
+    trigger_Q: Tensor
+    time_Q: Tensor
+    target_Q: Tensor
+    action_Q: Tensor
+    weight_Q: Tensor
+
+    def lookups(self) -> dict[str, Tensor]:
+        """Rows that `policy(batch, rows)` needs, by table, in the order it expects them."""
+        return {"item": self.items.ids_U, "user": self.user_B}
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(**{f.name: (v.to(device) if isinstance(v := getattr(self, f.name), (ItemBlock, Tensor)) else v) for f in dataclasses.fields(self)})
+
+    @property
+    def segments(self) -> int:
+        return len(self.user_B)
+
+    @property
+    def queries(self) -> int:
+        return len(self.visible_Q)
+
+    def weight(self) -> float:
+        """Sum of the loss weights: what a global mean divides by."""
+        return float(self.weight_Q.sum())
+
+
+def pad_index(offset_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """Jagged to padded: index_BS into the flat axis (0 where padded) and mask_BS (True where real)."""
+    length_B = offset_B1[1:] - offset_B1[:-1]
+    width = int(length_B.max()) if len(length_B) else 0
+    step_S = torch.arange(width, device=offset_B1.device)
+    mask_BS = step_S[None] < length_B[:, None]
+    return torch.where(mask_BS, offset_B1[:-1, None] + step_S[None], 0), mask_BS
+
+
+def _move(value: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if value is None else value.to(device)
+
+
+def offsets(lengths: np.ndarray) -> Tensor:
+    """Cumulative offsets with a leading 0, int64."""
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))

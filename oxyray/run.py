@@ -1,0 +1,63 @@
+"""The run folder: one place that holds a run's configuration, versions, metrics, logs and every stage's artifacts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from oxyray.errors import RunError
+from oxyray.files import write_json
+
+_PACKAGES = ("oxyray", "torch", "ray", "deepspeed", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "faiss-cpu", "numpy", "pyarrow", "transformers")
+
+
+class Run:
+    """`run.path("sid")` is a stage's folder; `run.log(stage, ...)` appends one line to `metrics.jsonl`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser().resolve()
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    def need(self, *parts: str, stage: str) -> Path:
+        """The path, or a RunError that names the stage to run first."""
+        path = self.path(*parts)
+        if not path.exists():
+            raise RunError(f"{path} is missing: run `oxyray {stage}` with the same run_dir first")
+        return path
+
+    def log(self, stage: str, values: dict[str, Any], step: int | None = None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = {"time": round(time.time(), 3), "stage": stage} | ({} if step is None else {"step": step}) | values
+        with open(self.path("metrics.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, of one stage or all. A torn last line (killed while writing) is left out."""
+        path = self.path("metrics.jsonl")
+        lines = []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+        return [line for line in lines if stage in (None, line.get("stage"))]
+
+    def write_versions(self) -> None:
+        write_json(self.path("versions.json"), versions())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that results depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
