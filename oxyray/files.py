@@ -37,7 +37,9 @@ def whole(path: Path) -> Iterator[Path]:
         _sync_entry(path.parent)
     except OSError as error:
         if error.errno == 28:
-            raise RunError(f"no space left on the disk of {path.parent}: free some or set run_dir to another disk; nothing earlier was lost") from error
+            raise RunError(
+                f"no space left on the disk of {path.parent}: free some or set run_dir to another disk; nothing earlier was lost"
+            ) from error
         raise
     finally:
         _remove(beside)

@@ -12,9 +12,11 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], total: int | None = None, label: str = "", unit: str = "it") -> Iterator[T]:
-    """Iterate with a progress bar on standard error. Where that is no terminal (a log file, CI), a line every half minute instead of a bar."""
+    """Iterate with a progress bar on standard error; where that is no terminal (a log file, CI), a line every half minute instead."""
     quiet = not sys.stderr.isatty()
-    yield from tqdm(items, total=total, desc=label, unit=unit, mininterval=30 if quiet else 0.2, ascii=quiet, dynamic_ncols=not quiet, leave=not quiet)
+    yield from tqdm(
+        items, total=total, desc=label, unit=unit, mininterval=30 if quiet else 0.2, ascii=quiet, dynamic_ncols=not quiet, leave=not quiet
+    )
 
 
 def bar(total: int | None, label: str, unit: str = "it") -> tqdm:  # type: ignore[type-arg]

@@ -12,7 +12,19 @@ from typing import Any
 from oxyray.errors import RunError
 from oxyray.files import write_json
 
-_PACKAGES = ("oxyray", "torch", "ray", "deepspeed", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "faiss-cpu", "numpy", "pyarrow", "transformers")
+_PACKAGES = (
+    "oxyray",
+    "torch",
+    "ray",
+    "deepspeed",
+    "torchrec",
+    "fbgemm-gpu-cpu",
+    "fbgemm-gpu",
+    "faiss-cpu",
+    "numpy",
+    "pyarrow",
+    "transformers",
+)
 
 
 class Run:
