@@ -1,0 +1,157 @@
+"""Row rules of the canonical tables, and the quarantine for rows that break them.
+
+What is done with a row: a broken key (user, item, time, action, scenario) quarantines it, since it cannot be a training example; a broken
+side note (an unknown trigger item, a NaN price) is left out and the row stays (`repaired` counts these). A user that the users table
+does not know is allowed: the profile is unknown. More than `data.max_bad_share` of a table's rows in quarantine stops the run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from oxyray.data.tables import ACTIONS, Chunk, Ids
+from oxyray.errors import DataError
+
+
+class Quarantine:
+    """Collects broken rows as `FOLDER/TABLE.parquet`: the canonical columns, `reason`, and the `file` and 1-based `row` they came from."""
+
+    def __init__(self, folder: Path, max_share: float) -> None:
+        self.folder = folder
+        self.max_share = max_share
+        self.counts: Counter[str] = Counter()
+        self.repaired: Counter[str] = Counter()
+        self._table_bad: Counter[str] = Counter()
+        self._table_reasons: dict[str, Counter[str]] = {}
+        self._example: dict[str, str] = {}
+        self._writers: dict[str, pq.ParquetWriter] = {}
+
+    def take(self, table: str, chunk: Chunk, reasons: list[str], reason_N: np.ndarray) -> None:
+        """Keep the rows whose `reason_N` is above 0; `reasons[reason - 1]` says why."""
+        place_N = np.flatnonzero(reason_N)
+        if not len(place_N):
+            return
+        told = [reasons[code - 1] for code in reason_N[place_N]]
+        rows = chunk.rows.take(pa.array(place_N))
+        rows = rows.append_column("reason", pa.array(told)).append_column("file", pa.array([str(chunk.file)] * len(told)))
+        rows = rows.append_column("row", pa.array(place_N + chunk.first_row + 1))
+        if table not in self._writers:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._writers[table] = pq.ParquetWriter(self.folder / f"{table}.parquet", rows.schema)
+            first = rows.slice(0, 1).to_pylist()[0]
+            value = first.get(told[0].split(" ")[0])
+            self._example[table] = f"first: {chunk.file} row {first['row']}, {told[0]}" + ("" if value is None else f" ({value!r})")
+        self._writers[table].write_table(rows)
+        count = Counter(told)
+        self.counts.update({f"{table}: {why}": n for why, n in count.items()})
+        self._table_reasons.setdefault(table, Counter()).update(count)
+        self._table_bad[table] += len(told)
+
+    def check(self, table: str, rows: int) -> None:
+        """Raises DataError when the table, of `rows` rows in all, has more broken ones than allowed."""
+        bad = self._table_bad[table]
+        if bad > self.max_share * rows:
+            why = ", ".join(f"{n} × {reason}" for reason, n in self._table_reasons[table].most_common())
+            raise DataError(
+                f"{table}: {bad} of {rows} rows break the contract, more than data.max_bad_share={self.max_share:g} ({why}; {self._example[table]}); "
+                "mend the table or raise data.max_bad_share"
+            )
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+
+@dataclass(frozen=True)
+class Events:
+    """The sound rows of a chunk of events, ids turned into numbers (scenario and user stay text here)."""
+
+    rows: pa.Table
+    item_N: np.ndarray
+    action_N: np.ndarray
+    trigger_N: np.ndarray
+
+
+EVENT_REASONS = [
+    "user_id is missing",
+    "item_id is missing",
+    "item_id is unknown",
+    "event_time is missing",
+    "event_time is negative",
+    "event_time lies in the future",
+    "action is missing",
+    "action is unknown",
+    "scenario is missing",
+    "quantity is below 1",
+    "price is below 0",
+]
+
+
+def sound_events(chunk: Chunk, items: Ids, latest: int | None, quarantine: Quarantine) -> Events:
+    """Send broken rows to the quarantine, return the others. `latest` is the last allowed time (None: positions, not times)."""
+    rows = chunk.rows
+    item_N, action_N = items.find(rows["item_id"]), Ids(ACTIONS).find(rows["action"])
+    time = rows["event_time"]
+    time_N = time.fill_null(0).to_numpy()
+    broken = {
+        "user_id is missing": _missing(rows["user_id"]),
+        "item_id is missing": _missing(rows["item_id"]),
+        "item_id is unknown": item_N < 0,
+        "event_time is missing": time.is_null().to_numpy(),
+        "event_time is negative": time_N < 0,
+        "event_time lies in the future": time_N > latest if latest is not None else np.zeros(len(time_N), bool),
+        "action is missing": _missing(rows["action"]),
+        "action is unknown": action_N < 0,
+        "scenario is missing": _missing(rows["scenario"]),
+    }
+    if "quantity" in rows.column_names:
+        broken["quantity is below 1"] = pc.less(rows["quantity"], 1).fill_null(False).to_numpy()
+    if "price" in rows.column_names:
+        broken["price is below 0"] = pc.less(rows["price"], 0).fill_null(False).to_numpy()
+    reason_N = first_reason(EVENT_REASONS, broken, rows.num_rows)
+    quarantine.take("events", chunk, EVENT_REASONS, reason_N)
+    sound_N = reason_N == 0
+    trigger_N = np.full(rows.num_rows, -1, np.int32)
+    if "trigger_item_id" in rows.column_names:
+        trigger_N = items.find(rows["trigger_item_id"])
+        lost = int((~_missing(rows["trigger_item_id"]) & (trigger_N < 0) & sound_N).sum())
+        quarantine.repaired.update({"events: trigger_item_id is unknown, the trigger was left out": lost} if lost else {})
+    kept = rows if sound_N.all() else rows.filter(pa.array(sound_N))
+    return Events(kept, item_N[sound_N], action_N[sound_N].astype(np.int8), trigger_N[sound_N])
+
+
+def sound_rows(name: str, chunk: Chunk, quarantine: Quarantine) -> pa.Table:
+    """Items or users (whole table in one chunk) without missing and repeated ids; of a repeated id the first row stays."""
+    key = {"items": "item_id", "users": "user_id"}[name]
+    column = chunk.rows[key]
+    values, code_N = np.unique(column.fill_null("").to_numpy(zero_copy_only=False).astype(str), return_index=True)
+    repeated_N = np.ones(chunk.rows.num_rows, bool)
+    repeated_N[code_N] = False
+    reasons = [f"{key} is missing", f"{key} is repeated", "price is below 0"]
+    broken = {reasons[0]: _missing(column), reasons[1]: repeated_N}
+    if name == "items" and "price" in chunk.rows.column_names:
+        broken[reasons[2]] = pc.less(chunk.rows["price"], 0).fill_null(False).to_numpy()
+    reason_N = first_reason(reasons, broken, chunk.rows.num_rows)
+    quarantine.take(name, chunk, reasons, reason_N)
+    return chunk.rows.filter(pa.array(reason_N == 0))
+
+
+def first_reason(reasons: list[str], broken: dict[str, np.ndarray], rows: int) -> np.ndarray:
+    """int8 per row: 1 + the place of the first reason that holds, 0 for a sound row."""
+    reason_N = np.zeros(rows, np.int8)
+    for place, reason in enumerate(reasons):
+        if reason in broken:
+            reason_N[(reason_N == 0) & broken[reason]] = place + 1
+    return reason_N
+
+
+def _missing(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.equal(column.fill_null(""), "").to_numpy()

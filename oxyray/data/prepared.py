@@ -1,0 +1,145 @@
+"""The prepared form of a shop's tables (`RUN/data`), read back: what every later stage reads.
+
+Items and users are numbered by their row in `items.parquet` and `users.parquet`; events lie in parts, each user wholly in one, sorted by
+(user, time, request). Legend: I items, U users, C side features, P profile features, N events of a part.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from oxyray.errors import DataError, RunError
+from oxyray.files import read_json
+
+FORMAT = 1
+EVENT_SCHEMA = pa.schema(
+    [
+        ("user", pa.int32()),
+        ("item", pa.int32()),
+        ("time", pa.int64()),
+        ("action", pa.int8()),
+        ("scenario", pa.int16()),
+        ("request", pa.int64()),
+        ("trigger", pa.int32()),
+        ("query", pa.large_string()),
+        ("price", pa.float32()),
+        ("quantity", pa.int32()),
+        ("split", pa.int8()),
+    ]
+)
+
+
+class Prepared:
+    """Read with `Prepared.load(RUN/data)`; raises RunError when a file is missing or damaged."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder = folder
+        self.meta = meta
+        with _arrays(folder / "side.npz") as side:
+            self.side_IC: np.ndarray = side["side_IC"]
+            self.profile_UP: np.ndarray = side["profile_UP"]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Prepared:
+        folder = Path(folder)
+        meta = read_json(folder / "meta.json")
+        if meta.get("format") != FORMAT:
+            raise RunError(
+                f"{folder} was written by another version of OxyRay (format {meta.get('format')}, this one reads {FORMAT}): run `oxyray prepare` again"
+            )
+        prepared = cls(folder, meta)
+        rows = (len(prepared.side_IC), len(prepared.profile_UP))
+        if rows != (meta["items"], meta["users"]):
+            raise RunError(
+                f"{folder}/side.npz holds {rows[0]} items and {rows[1]} users, meta.json {meta['items']} and {meta['users']}: run `oxyray prepare` again"
+            )
+        return prepared
+
+    @property
+    def parts(self) -> int:
+        return int(self.meta["parts"])
+
+    @cached_property
+    def items(self) -> pa.Table:
+        return self._table("items.parquet")
+
+    @cached_property
+    def users(self) -> pa.Table:
+        return self._table("users.parquet")
+
+    @cached_property
+    def pools(self) -> dict[str, np.ndarray]:
+        """bool per item for each scenario: the items that may be recommended there."""
+        with _arrays(self.folder / "pools.npz") as file:
+            return dict(zip(self.meta["scenarios"], file["pool_SI"], strict=True))
+
+    def events(self, part: int, columns: list[str] | None = None) -> dict[str, np.ndarray]:
+        """One part's columns (all of `EVENT_SCHEMA`, or the named ones). `query` holds strings or None; no price is NaN, no quantity 0."""
+        if not 0 <= part < self.parts:
+            raise RunError(f"{self.folder} has parts 0..{self.parts - 1}, not {part}")
+        return _columns(self._table(f"events/part-{part:05d}.parquet", columns))
+
+    def user_events(self, user: int) -> dict[str, np.ndarray]:
+        """All events of one user, in time order, whatever their split."""
+        if not 0 <= user < self.meta["users"]:
+            raise DataError(f"user index {user} is out of range: {self.folder} has {self.meta['users']} users")
+        part = int(np.searchsorted(self.meta["part_users"], user, side="right")) - 1
+        return _columns(self._table(f"events/part-{part:05d}.parquet", filters=pc.field("user") == user))
+
+    @cached_property
+    def _train_counts_I(self) -> np.ndarray:
+        count_I = np.zeros(self.meta["items"], np.int64)
+        for part in range(self.parts):
+            rows = self.events(part, ["item", "split"])
+            count_I += np.bincount(rows["item"][rows["split"] == 0], minlength=len(count_I))
+        return count_I
+
+    def train_counts_I(self) -> np.ndarray:
+        """int64: training events of each item."""
+        return self._train_counts_I
+
+    def item_index(self, item_id: str) -> int:
+        return self._index(self.items["item_id"], item_id, "item")
+
+    def user_index(self, user_id: str) -> int:
+        return self._index(self.users["user_id"], user_id, "user")
+
+    def _index(self, column: pa.ChunkedArray, value: str, what: str) -> int:
+        place = pc.index(column, pa.scalar(str(value), pa.large_string())).as_py()
+        if place < 0:
+            known = ", ".join(column.slice(0, 3).to_pylist())
+            raise DataError(f"{what} {value!r} is not in {self.folder} (known are {known}, …)")
+        return int(place)
+
+    def _table(self, name: str, columns: list[str] | None = None, filters: pc.Expression | None = None) -> pa.Table:
+        path = self.folder / name
+        try:
+            return pq.read_table(path, columns=columns, filters=filters)
+        except FileNotFoundError:
+            raise RunError(f"{path} is missing: run `oxyray prepare` again") from None
+        except (pa.ArrowException, OSError) as error:
+            raise RunError(f"{path} is damaged ({str(error).splitlines()[0]}): run `oxyray prepare` again") from error
+
+
+def _columns(table: pa.Table) -> dict[str, np.ndarray]:
+    columns = {}
+    for name in table.column_names:
+        column = table[name].fill_null(0) if name == "quantity" else table[name]
+        columns[name] = column.to_numpy()
+    return columns
+
+
+def _arrays(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: run `oxyray prepare` again") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error}): run `oxyray prepare` again") from error
