@@ -23,6 +23,10 @@ class RunError(OxyrayError):
     """A run folder lacks what a stage needs, or holds something that does not fit."""
 
 
+class ClusterError(OxyrayError):
+    """Ray cannot be started or reached, or a process that it ran is gone."""
+
+
 class TrainingError(OxyrayError):
     """Training cannot go on: a worker died too often, a loss is not finite, a wait passed its limit."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -36,7 +37,7 @@ def whole(path: Path) -> Iterator[Path]:
             os.replace(beside, path)
         _sync_entry(path.parent)
     except OSError as error:
-        if error.errno == 28:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
                 f"no space left on the disk of {path.parent}: free some or set run_dir to another disk; nothing earlier was lost"
             ) from error

@@ -1,0 +1,1 @@
+"""Ray and nothing of recommendation: starting it, placing on it, watching over it."""

@@ -1,0 +1,91 @@
+"""Start Ray, or join the one that runs.
+
+`address=local` starts a Ray of this command's own, whatever address an older cluster left in the environment. `auto` and `HOST:PORT` join. A
+process that already has Ray (a sweep's job, a training worker) keeps it. A cluster that does not answer is an error after a limit, not a hang.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from oxyray.config import ClusterConfig
+from oxyray.errors import ClusterError
+
+_LEAST_STORE = 80 * 2**20  # Ray refuses a smaller object store
+
+
+def start(config: ClusterConfig, local_cpus: int | None = None) -> str:
+    """Make sure that this process has Ray; gives one line on how. `local_cpus` is what a local Ray offers at least (tests, small machines).
+
+    Raises ClusterError when Ray does not start or answer within `config.start_timeout_s` seconds.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return "Ray is already there"
+    if config.address not in ("local", "auto"):
+        _probe(config.address, config.start_timeout_s)
+    with _limit(config.start_timeout_s, f"Ray ({config.address}) did not answer within {config.start_timeout_s:.0f} s"):
+        try:
+            if config.address != "local":
+                ray.init(address=config.address, log_to_driver=True, logging_level="error")
+                return f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
+            cpus = max(config.cpus or os.cpu_count() or 1, local_cpus or 0)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                object_store_memory=store_bytes(config.object_store_gb),
+                include_dashboard=False,
+                log_to_driver=True,
+                logging_level="error",
+            )
+            return f"started Ray with {cpus} CPUs"
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            mend = "start one with `ray start --head`, or leave cluster.address=local" if config.address != "local" else "see `oxyray doctor`"
+            raise ClusterError(f"cluster.address={config.address}: {str(error).splitlines()[0]}: {mend}") from error
+
+
+def store_bytes(wanted_gb: float) -> int:
+    """Bytes for the object store: as asked, but within what /dev/shm has free, as Ray would otherwise fall back to a slow disk."""
+    wanted = int(wanted_gb * 2**30)
+    try:
+        wanted = min(wanted, int(shutil.disk_usage("/dev/shm").free * 0.9))
+    except OSError:
+        pass
+    return max(wanted, _LEAST_STORE)
+
+
+def _probe(address: str, seconds: float) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"cluster.address={address}: expected local, auto or HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=min(seconds, 20)).close()
+    except OSError as error:
+        raise ClusterError(f"cluster.address={address}: no answer ({error}): is the cluster running, and the port open?") from None
+
+
+@contextmanager
+def _limit(seconds: float, message: str) -> Iterator[None]:
+    """Raise ClusterError in the main thread when the body takes longer. Elsewhere there is no way to interrupt it, and Ray's own limits stand."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise ClusterError(message)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
