@@ -71,6 +71,7 @@ class DataConfig:
     items_columns: canonical column: column of the items file
     events_columns: canonical column: column of the events file
     users_columns: canonical column: column of the users file
+    action_names: the events' word for an action: click, cart or purchase (source=files)
     default_action: action of events that carry none
     default_scenario: scenario of events that carry none
     core: keep users and items with at least this many events, repeated until all have them; 0 keeps all
@@ -92,6 +93,7 @@ class DataConfig:
     items_columns: dict[str, str] = field(default_factory=dict)
     events_columns: dict[str, str] = field(default_factory=dict)
     users_columns: dict[str, str] = field(default_factory=dict)
+    action_names: dict[str, str] = field(default_factory=dict)
     default_action: str = "purchase"
     default_scenario: str | None = None
     core: int = 0

@@ -1,0 +1,157 @@
+"""Training data as a stream of optimizer steps.
+
+The plan of an epoch (which segments form which step) depends on the seed and the epoch alone. Workers and micro-batches take slices of a step, so the
+sample order is the same for any number of them, and a run resumes from two numbers, `{"epoch", "step"}`, without repeating or losing a step. One part
+file is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from oxyray.data.batch import Batch, ItemBlock, Tensor, offsets
+from oxyray.data.prepared import Prepared
+from oxyray.data.requests import Segments, Timeline, timeline, training_segments
+from oxyray.errors import DataError
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """Constant features of every item: SID codes (I, L), categorical side features (I, C), text vectors (I, F) or None."""
+
+    codes_IL: Tensor
+    side_IC: Tensor
+    text_IF: Tensor | None
+
+    def block(self, ids_U: Tensor) -> ItemBlock:
+        return ItemBlock(ids_U, self.codes_IL[ids_U], self.side_IC[ids_U], None if self.text_IF is None else self.text_IF[ids_U])
+
+    def whole(self) -> ItemBlock:
+        return ItemBlock(torch.arange(len(self.codes_IL)), self.codes_IL, self.side_IC, self.text_IF)
+
+
+@dataclass
+class Collator:
+    """Segments of a timeline to a Batch. With `whole_catalogue` the item block holds every item and item indices stay catalogue indices."""
+
+    features: ItemFeatures
+    profile_UP: Array
+    weight_A: Array
+    whole_catalogue: bool
+    _block: ItemBlock | None = field(default=None, repr=False)
+
+    def __call__(self, time: Timeline, segments: Segments, targets: bool = True) -> Batch:
+        event_N, query_Q = _ranges(segments.start_B, segments.length_B), _ranges(segments.query_start_B, segments.query_length_B)
+        start_Q = np.repeat(segments.start_B, segments.query_length_B)
+        user_B = time.user_E[segments.query_start_B]
+        item_N, trigger_Q = time.item_E[event_N], time.trigger_E[query_Q]
+        target_Q = time.item_E[query_Q] if targets else np.full(len(query_Q), -1)
+        items, (item_N, trigger_Q, target_Q) = self._localise(item_N, trigger_Q, target_Q)
+        return Batch(
+            items=items,
+            user_B=_long(user_B), profile_BP=_long(self.profile_UP[user_B]),
+            item_N=_long(item_N), action_N=_long(time.action_E[event_N]), scenario_N=_long(time.scenario_E[event_N]), time_N=_long(time.asked_E[event_N]),
+            history_offset=offsets(segments.length_B), query_offset=offsets(segments.query_length_B),
+            visible_Q=_long(np.maximum(time.user_start_E[query_Q] + time.visible_E[query_Q] - start_Q, 0)),
+            scenario_Q=_long(time.scenario_E[query_Q]), trigger_Q=_long(trigger_Q), time_Q=_long(time.asked_E[query_Q]), target_Q=_long(target_Q),
+            action_Q=_long(time.action_E[query_Q]), weight_Q=torch.from_numpy(self.weight_A[time.action_E[query_Q]].astype(np.float32)),
+        )  # fmt: skip
+
+    def _localise(self, *indices: Array) -> tuple[ItemBlock, tuple[Array, ...]]:
+        if self.whole_catalogue:
+            self._block = self._block or self.features.whole()
+            return self._block, indices
+        used = np.unique(np.concatenate([*indices, [0]]))
+        used = used[used >= 0]
+        return self.features.block(_long(used)), tuple(np.where(i < 0, -1, np.searchsorted(used, i)) for i in indices)
+
+
+class SegmentStream:
+    """Steps of about `targets_per_step` queries each. `position` is the next step to be taken."""
+
+    def __init__(self, prepared: Prepared, collate: Collator, *, history: int, targets_per_step: int, seed: int, one_query: bool = False,
+                 overfit_steps: int = 0) -> None:  # fmt: skip
+        self.prepared, self.collate, self.seed = prepared, collate, seed
+        self.history, self.targets_per_step, self.one_query, self.overfit_steps = history, targets_per_step, one_query, overfit_steps
+        self.position = {"epoch": 0, "step": 0}
+        self._cached: tuple[int, Timeline, Segments] | None = None
+        self._steps: int | None = None
+
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch: the same for every epoch. Reads every part once."""
+        if self._steps is None:
+            self._steps = sum(self._part_steps(part) for part in range(self.prepared.parts))
+            if self._steps == 0:
+                raise DataError(
+                    f"{self.prepared.meta.name}: no training events after the split; give more data or smaller data.valid_share and data.test_share"
+                )
+        return min(self._steps, self.overfit_steps) if self.overfit_steps else self._steps
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.position)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = {"epoch": int(state["epoch"]), "step": int(state["step"])}
+
+    def batches(self, rank: int = 0, world: int = 1, micro_batches: int = 1) -> Iterator[list[Batch]]:
+        """Endless: from `position` on, this rank's micro-batches of each step. A slice may be empty of queries when a step has few segments."""
+        while True:
+            for step, (time, segments) in enumerate(self._epoch(self.position["epoch"])):
+                if step < self.position["step"]:
+                    continue
+                self.position = {"epoch": self.position["epoch"], "step": step + 1}
+                pieces = [segments.take(np.arange(rank + world * m, len(segments), world * micro_batches)) for m in range(micro_batches)]
+                yield [self.collate(time, piece) for piece in pieces]
+            self.position = {"epoch": self.position["epoch"] + 1, "step": 0}
+
+    def _epoch(self, epoch: int) -> Iterator[tuple[Timeline, Segments]]:
+        # Overfitting sees the first steps of the first epoch for ever.
+        epoch = 0 if self.overfit_steps else epoch
+        random = np.random.default_rng([self.seed, epoch])
+        limit, given = self.steps_per_epoch(), 0
+        for part in random.permutation(self.prepared.parts):
+            time, segments = self._part(int(part))
+            steps = list(self._plan(segments, random))
+            for rows in steps:
+                if given == limit:
+                    return
+                given += 1
+                yield time, segments.take(rows)
+
+    def _plan(self, segments: Segments, random: np.random.Generator) -> Iterator[Array]:
+        """Rows of each step: segments of like length together (little padding), with noise so that no two epochs pair alike, steps shuffled."""
+        size = segments.query_length_B
+        order = np.argsort(np.maximum(segments.length_B, size) * random.uniform(0.75, 1.3, len(size)), kind="stable")
+        steps = self._steps_of(int(size.sum()))
+        bounds = np.searchsorted(np.cumsum(size[order]), np.linspace(0, size.sum(), steps + 1)[1:-1])
+        pieces = np.split(order, bounds)
+        for k in random.permutation(len(pieces)):
+            yield random.permutation(pieces[k])
+
+    def _steps_of(self, targets: int) -> int:
+        return max(1, round(targets / self.targets_per_step)) if targets else 0
+
+    def _part(self, part: int) -> tuple[Timeline, Segments]:
+        if self._cached is None or self._cached[0] != part:
+            time = timeline(self.prepared.events(part), splits=(0,))
+            self._cached = (part, time, training_segments(time, self.history, self.one_query))
+        return self._cached[1], self._cached[2]
+
+    def _part_steps(self, part: int) -> int:
+        return self._steps_of(int(self._part(part)[1].query_length_B.sum()))
+
+
+def _ranges(start_B: Array, length_B: Array) -> Array:
+    """Concatenated ranges start : start + length."""
+    ends = np.cumsum(length_B)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start_B - (ends - length_B), length_B)
+
+
+def _long(values: Array) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))

@@ -1,0 +1,126 @@
+"""Decoder over `BOS, instruction, s1..sL`, cross-attending to the encoder's memory.
+
+Two ways through the same weights, held equal by a test. `forward` runs all queries of a batch with teacher forcing. `start` and `advance` decode K beams
+a request: cross-attention keys and values are made once a request and never expanded; the prompt's keys and values are shared by all beams; each beam
+owns only those of its generated tokens, gathered by ancestry.
+
+Legend: B segments or requests, Q queries, P queries a segment (padded), T decoder tokens, K beams, S memory slots, H heads, E head width, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from oxyray.config import ModelConfig
+from oxyray.model.layers import Attention, Dropout, RMSNorm, SwiGLU, Tensor, rotate
+
+
+@dataclass
+class Memory:
+    """What queries look at: encoder output, which slots a query may see, and where the query stands in time.
+
+    `slot_QP` style indices are avoided: `query_BP` holds rows of the flat query axis, `real_BP` marks those that exist.
+    """
+
+    memory_BSD: Tensor
+    position_BS: Tensor
+    query_BP: Tensor
+    real_BP: Tensor
+    visible_BPS: Tensor
+    position_BP: Tensor
+
+
+@dataclass
+class BeamState:
+    """Cached keys and values of one decoder layer: `cross` and `prompt` a request, `own` a beam (B, H, K, t, E)."""
+
+    cross: tuple[Tensor, Tensor]
+    prompt: tuple[Tensor, Tensor]
+    own: tuple[Tensor, Tensor] | None
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_self, self.norm_cross, self.norm_mlp = RMSNorm(config.width), RMSNorm(config.width), RMSNorm(config.width)
+        self.self_attention = Attention(config.width, config.heads, 0.0)
+        self.cross_attention = Attention(config.width, config.heads, 0.0)
+        self.mlp = SwiGLU(config.width, config.hidden)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x_QTD: Tensor, memory: Memory) -> Tensor:
+        normed = self.norm_self(x_QTD)
+        key, value = self.self_attention.key_value(normed)
+        x_QTD = x_QTD + self.dropout(self.self_attention.mix(self.self_attention.query(normed), key, value, causal=True))
+        x_QTD = x_QTD + self.dropout(self._cross(self.norm_cross(x_QTD), memory))
+        return x_QTD + self.dropout(self.mlp(self.norm_mlp(x_QTD)))
+
+    def _cross(self, x_QTD: Tensor, memory: Memory) -> Tensor:
+        (batch, places), steps = memory.query_BP.shape, x_QTD.shape[1]
+        query = self.cross_attention.query(x_QTD[memory.query_BP.flatten()].view(batch, places * steps, -1))
+        query = rotate(query, memory.position_BP.repeat_interleave(steps, dim=1))
+        mask = memory.visible_BPS.repeat_interleave(steps, dim=1)[:, None]
+        mixed = self.cross_attention.mix(query, *self.cross_key_value(memory), mask)
+        return mixed.view(batch, places, steps, -1)[memory.real_BP]
+
+    def cross_key_value(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        key, value = self.cross_attention.key_value(memory.memory_BSD)
+        return rotate(key, memory.position_BS), value
+
+    def step(self, x_BKD: Tensor, state: BeamState, mask_BS: Tensor, position_B1: Tensor) -> Tensor:
+        """One generated token for each of K beams; `state.own` already holds the ancestors' tokens in beam order and receives this one's."""
+        normed = self.norm_self(x_BKD)
+        query_BHKE = self.self_attention.query(normed)
+        key, value = (part[:, :, :, None] for part in self.self_attention.key_value(normed))
+        if state.own is not None:
+            key, value = torch.cat([state.own[0], key], dim=3), torch.cat([state.own[1], value], dim=3)
+        state.own = (key, value)
+        shared = query_BHKE @ state.prompt[0].transpose(-1, -2)
+        own = torch.einsum("bhke,bhkte->bhkt", query_BHKE, key)
+        weight = torch.softmax(torch.cat([shared, own], dim=-1) / query_BHKE.shape[-1] ** 0.5, dim=-1)
+        split = shared.shape[-1]
+        mixed = weight[..., :split] @ state.prompt[1] + torch.einsum("bhkt,bhkte->bhke", weight[..., split:], value)
+        x_BKD = x_BKD + self.self_attention.merge(mixed)
+        cross_query = rotate(self.cross_attention.query(self.norm_cross(x_BKD)), position_B1.expand(-1, x_BKD.shape[1]))
+        mixed = F.scaled_dot_product_attention(cross_query, *state.cross, attn_mask=mask_BS[:, None, None])
+        x_BKD = x_BKD + self.cross_attention.merge(mixed)
+        return x_BKD + self.mlp(self.norm_mlp(x_BKD))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = RMSNorm(config.width)
+
+    def forward(self, x_QTD: Tensor, memory: Memory) -> Tensor:
+        """Teacher forcing: hidden states (Q, T, D)."""
+        for layer in self.layers:
+            x_QTD = layer(x_QTD, memory)
+        return self.norm(x_QTD)
+
+    def start(self, prompt_BTD: Tensor, memory: Memory) -> tuple[Tensor, list[BeamState]]:
+        """Run the prompt of requests with one query each: the last token's hidden state (B, D) and the caches to `advance` from."""
+        x, states = prompt_BTD, []
+        for layer in self.layers:
+            prompt = layer.self_attention.key_value(layer.norm_self(x))
+            states.append(BeamState(layer.cross_key_value(memory), prompt, None))
+            x = layer(x, memory)
+        return self.norm(x[:, -1]), states
+
+    def advance(self, x_BKD: Tensor, states: list[BeamState], memory: Memory, origin_BK: Tensor | None) -> Tensor:
+        """Feed one token to K beams that continue beams `origin_BK` of the last step: hidden states (B, K, D)."""
+        for layer, state in zip(self.layers, states, strict=True):
+            if state.own is not None and origin_BK is not None:
+                state.own = (_follow(state.own[0], origin_BK), _follow(state.own[1], origin_BK))
+            x_BKD = layer.step(x_BKD, state, memory.visible_BPS[:, 0], memory.position_BP[:, :1])
+        return self.norm(x_BKD)
+
+
+def _follow(own_BHKTE: Tensor, origin_BK: Tensor) -> Tensor:
+    index = origin_BK[:, None, :, None, None].expand(-1, own_BHKTE.shape[1], -1, own_BHKTE.shape[3], own_BHKTE.shape[4])
+    return own_BHKTE.gather(2, index)

@@ -1,0 +1,151 @@
+"""The policy: from a batch and its looked-up rows to losses, or to the state that beam search advances (paper 2.3).
+
+It never looks a row up itself: `policy(batch, rows)` gets the rows of `batch.lookups()`, wherever the tables live. It knows the catalogue only as the
+prefix index it is bound to.
+
+Legend: B segments, N history events, Q queries, P queries a segment (padded), S memory slots, T decoder tokens, K beams, U items of the batch, L levels, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from oxyray.config import ModelConfig
+from oxyray.data.batch import Batch, pad_index
+from oxyray.errors import CatalogueError
+from oxyray.model.decoder import BeamState, Decoder, Memory
+from oxyray.model.encoder import Encoder
+from oxyray.model.head import Head, Tree
+from oxyray.model.items import Clock, ItemEncoder, Vocab
+from oxyray.model.layers import Dropout, RMSNorm, Tensor
+from oxyray.model.losses import LossOut, children_nll, item_nll, vocabulary_nll
+from oxyray.sid.prefix import PrefixIndex
+
+Rows = dict[str, Tensor]
+
+
+@dataclass
+class Decoding:
+    """A beam search in progress: what `Policy.advance` needs from step to step. `vectors` are the output vectors of all nodes, by level."""
+
+    memory: Memory
+    states: list[BeamState]
+    vectors: list[Tensor]
+    hidden_BKD: Tensor
+    item_query_BD: Tensor
+    item_UD: Tensor
+
+
+class Policy(nn.Module):
+    def __init__(self, config: ModelConfig, vocab: Vocab, index: PrefixIndex) -> None:
+        super().__init__()
+        if (index.levels, index.width) != (vocab.levels, vocab.width):
+            raise CatalogueError(
+                f"the model is built for SIDs of {vocab.levels} levels of {vocab.width} codes, the catalogue has {index.levels} of {index.width}"
+            )
+        D = config.width
+        self.config, self.vocab, self.tree = config, vocab, Tree(index)
+        self.items = ItemEncoder(config, vocab)
+        self.action, self.event_scenario = nn.Embedding(vocab.actions, D), nn.Embedding(vocab.scenarios, D)
+        self.clock, self.event_gap = (Clock(D), nn.Embedding(Clock.GAPS, D)) if vocab.clock else (None, None)
+        self.profile = nn.ModuleList(nn.Embedding(size, D) for size in vocab.profile)
+        self.user = nn.Linear(config.row_dim, D, bias=False) if config.user_table else None
+        self.profile_base = nn.Parameter(torch.zeros(D))
+        self.dropout = Dropout(config.dropout)
+        self.input_norm = RMSNorm(D)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.bos, self.no_trigger = nn.Parameter(torch.randn(D) * 0.02), nn.Parameter(torch.randn(D) * 0.02)
+        self.scenario = nn.Embedding(vocab.scenarios, D)
+        self.fuse = nn.Sequential(nn.Linear(2 * D, D), nn.SiLU(), nn.Linear(D, D))
+        self.level = nn.Parameter(torch.randn(vocab.levels + 1, D) * 0.02)
+        self.head = Head(D, vocab.levels, vocab.width, config.head == "tied")
+        self.item_query = nn.Linear(D, D, bias=False)
+        for table in (self.action, self.event_scenario, self.scenario, *self.profile, *([self.event_gap] if self.event_gap else [])):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def loss(self, batch: Batch, rows: Rows) -> LossOut:
+        """Weighted next-token loss of every query's target, plus the item-level softmax (paper Eq. 3 without Q2I): sums over queries."""
+        item_UD = self.items(batch.items, rows["item"])
+        memory = self._memory(batch, rows, item_UD)
+        vectors = self.head.node_vectors(self.tree, item_UD)
+        codes_QL = batch.items.codes_UL[batch.target_Q]
+        prompt_QTD = self._prompt(batch, item_UD, memory)
+        tokens = [self._token(level, codes_QL[:, level])[:, None] for level in range(self.vocab.levels - 1)]
+        hidden_QTD = self.decoder(self.dropout(torch.cat([prompt_QTD, *tokens], dim=1)), memory)[:, prompt_QTD.shape[1] - 1 :]
+        nll_Q = torch.stack(self._level_nll(hidden_QTD, vectors, batch.items.ids_U[batch.target_Q], codes_QL), dim=1).sum(1)
+        total_Q, parts = nll_Q, {"ntp": nll_Q}
+        if self.config.item_loss:
+            parts["item"] = item_nll(self.item_query(hidden_QTD[:, 0]), item_UD, batch.target_Q, self.config.item_negatives)
+            total_Q = total_Q + self.config.item_loss * parts["item"]
+        return LossOut((total_Q * batch.weight_Q).sum(), {name: (part * batch.weight_Q).sum().detach() for name, part in parts.items()})
+
+    forward = loss
+
+    def _level_nll(self, hidden_QTD: Tensor, vectors: list[Tensor], item_Q: Tensor, codes_QL: Tensor) -> list[Tensor]:
+        if not self.head.tied:
+            return [vocabulary_nll(hidden_QTD[:, level], self.head.own[level].weight, codes_QL[:, level], self.config.label_smoothing)
+                    for level in range(self.vocab.levels)]  # fmt: skip
+        path_QL = self.tree.path_IL[item_Q]
+        nll = [vocabulary_nll(hidden_QTD[:, 0], vectors[0], path_QL[:, 0], self.config.label_smoothing)]
+        for level in range(1, self.vocab.levels):
+            first_Q, count_Q = self.tree.children(level - 1, path_QL[:, level - 1])
+            nll.append(children_nll(hidden_QTD[:, level], vectors[level], first_Q, count_Q, path_QL[:, level]))
+        return nll
+
+    @torch.no_grad()
+    def start(self, batch: Batch, rows: Rows) -> Decoding:
+        """Encode requests (one query a segment) and run their prompt: `hidden_BKD` (K = 1) predicts the first code."""
+        item_UD = self.items(batch.items, rows["item"])
+        memory = self._memory(batch, rows, item_UD)
+        hidden_BD, states = self.decoder.start(self._prompt(batch, item_UD, memory), memory)
+        vectors = self.head.node_vectors(self.tree, item_UD)
+        return Decoding(memory, states, vectors, hidden_BD[:, None], self.item_query(hidden_BD), item_UD)
+
+    @torch.no_grad()
+    def advance(self, decoding: Decoding, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
+        """Feed the chosen node of `level` to each beam; beams continue `origin_BK` of the step before (None at the first)."""
+        x_BKD = self._token(level, self.tree.code(level)[node_BK])
+        decoding.hidden_BKD = self.decoder.advance(x_BKD, decoding.states, decoding.memory, origin_BK)
+
+    def _token(self, level: int, code: Tensor) -> Tensor:
+        return self.items.code[level](code) + self.level[level + 1]
+
+    def _prompt(self, batch: Batch, item_UD: Tensor, memory: Memory) -> Tensor:
+        """`BOS, instruction`: (Q, 2, D). The instruction fuses scenario, time and trigger item (or its learned default) into one token."""
+        context_QD = self.scenario(batch.scenario_Q)
+        if self.clock is not None:
+            context_QD = context_QD + self.clock(batch.time_Q, batch.time_Q - self._last_time(batch))
+        trigger_QD = torch.where((batch.trigger_Q >= 0)[:, None], item_UD[batch.trigger_Q.clamp(min=0)], self.no_trigger)
+        instruction_QD = context_QD + self.fuse(torch.cat([context_QD, trigger_QD], dim=-1))
+        bos_QD = self.bos.expand_as(instruction_QD)
+        return torch.stack([bos_QD, instruction_QD + self.level[0]], dim=1)
+
+    def _memory(self, batch: Batch, rows: Rows, item_UD: Tensor) -> Memory:
+        index_BS, real_BS = pad_index(batch.history_offset)
+        event_ND = item_UD[batch.item_N] + self.action(batch.action_N) + self.event_scenario(batch.scenario_N)
+        if self.event_gap is not None:
+            event_ND = event_ND + self.event_gap(Clock.gap_bucket(torch.diff(batch.time_N, prepend=batch.time_N[:1])))
+        profile_BD = self.profile_base.expand(batch.segments, -1)
+        for column, table in enumerate(self.profile):
+            profile_BD = profile_BD + table(batch.profile_BP[:, column])
+        if self.user is not None:
+            profile_BD = profile_BD + self.user(rows["user"])
+        x_BSD = profile_BD[:, None]
+        if index_BS.shape[1]:
+            x_BSD = torch.cat([x_BSD, event_ND[index_BS]], dim=1)
+        real_BS = torch.cat([real_BS.new_ones(len(real_BS), 1), real_BS], dim=1)
+        position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device).expand(len(x_BSD), -1)
+        memory_BSD = self.encoder(self.dropout(self.input_norm(x_BSD)), position_BS, real_BS)
+        query_BP, real_BP = pad_index(batch.query_offset)
+        position_BP = batch.visible_Q[query_BP] + 1
+        return Memory(memory_BSD, position_BS, query_BP, real_BP, position_BS[:, None] < position_BP[..., None], position_BP)
+
+    def _last_time(self, batch: Batch) -> Tensor:
+        """Time of the last event that each query sees; its own time where it sees none."""
+        segment_Q = torch.repeat_interleave(torch.arange(batch.segments, device=batch.user_B.device), torch.diff(batch.query_offset))
+        last_Q = batch.history_offset[segment_Q] + batch.visible_Q - 1
+        time_N = torch.cat([batch.time_N, batch.time_Q[:1]])
+        return torch.where(batch.visible_Q > 0, time_N[last_Q.clamp(0, len(time_N) - 1)], batch.time_Q)
