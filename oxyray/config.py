@@ -113,6 +113,8 @@ class DataConfig:
             "data.valid_share, data.test_share",
             f"must be positive and sum to less than 1, got {self.valid_share} and {self.test_share}",
         )
+        ordered = self.time_unit == "seconds" or self.split == "leave_one_out"
+        _need(ordered, "data.split", "positions of different users cannot be cut at one time: set data.split=leave_one_out with time_unit=position")
         _need(0 <= self.max_bad_share <= 1, "data.max_bad_share", f"is a share between 0 and 1, got {self.max_bad_share}")
         _need(self.shards >= 1, "data.shards", f"must be at least 1, got {self.shards}")
         _need(self.core >= 0, "data.core", f"must be 0 (off) or more, got {self.core}")

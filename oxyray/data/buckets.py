@@ -1,13 +1,12 @@
 """Events on their way to parts: spread over bucket files by a hash of the user, so that each bucket fits in memory and holds whole users.
 
-A bucket is an Arrow stream on disk; rows keep their input order. Also the exact order statistics of all event times, found by counting
-passes over the buckets instead of a sort in memory.
+A bucket is an Arrow stream on disk; rows keep their input order.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ import pyarrow as pa
 from oxyray.data.tables import distinct
 
 EVENTS_PER_PART = 10_000_000
-_BINS = 1 << 16
 _FLUSH_ROWS = 65_536
 
 SCHEMA = pa.schema(
@@ -45,36 +43,33 @@ def bucket_of(users: pa.ChunkedArray | pa.Array, buckets: int) -> np.ndarray:
 
 
 class Buckets:
-    """Bucket files in `folder`. Add all rows, `close`, then read."""
+    """Bucket files in `folder`. Add all rows, `close`, then take each bucket once."""
 
     def __init__(self, folder: Path, count: int) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         self.count = count
         self.rows = 0
-        self.first_time, self.last_time = np.iinfo(np.int64).max, np.iinfo(np.int64).min
-        self._files = [pa.OSFile(str(self.path(b)), "wb") for b in range(count)]
+        self._files = [pa.OSFile(str(self._path(b)), "wb") for b in range(count)]
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         self._writers = [pa.ipc.new_stream(file, SCHEMA, options=options) for file in self._files]
         self._waiting: list[list[pa.Table]] = [[] for _ in range(count)]
-
-    def path(self, bucket: int) -> Path:
-        return self.folder / f"{bucket:05d}.arrow"
+        self._waiting_rows = [0] * count
 
     def add(self, rows: pa.Table) -> None:
         if not rows.num_rows:
             return
-        time_N = rows["time"].to_numpy()
         self.rows += rows.num_rows
-        self.first_time, self.last_time = min(self.first_time, int(time_N.min())), max(self.last_time, int(time_N.max()))
         bucket_N = bucket_of(rows["user_id"], self.count)
         order_N = np.argsort(bucket_N, kind="stable")
         ordered = rows if self.count == 1 else rows.take(pa.array(order_N))
-        starts = np.searchsorted(bucket_N[order_N], np.arange(self.count + 1))
-        for bucket in np.flatnonzero(np.diff(starts)):
-            self._waiting[bucket].append(ordered.slice(starts[bucket], starts[bucket + 1] - starts[bucket]))
-            if sum(part.num_rows for part in self._waiting[bucket]) >= _FLUSH_ROWS:
-                self._flush(bucket)
+        starts = np.searchsorted(bucket_N[order_N], np.arange(self.count + 1)).tolist()
+        for bucket, (start, stop) in enumerate(pairwise(starts)):
+            if stop > start:
+                self._waiting[bucket].append(ordered.slice(start, stop - start))
+                self._waiting_rows[bucket] += stop - start
+                if self._waiting_rows[bucket] >= _FLUSH_ROWS:
+                    self._flush(bucket)
 
     def close(self) -> None:
         for bucket in range(self.count):
@@ -82,32 +77,17 @@ class Buckets:
             self._writers[bucket].close()
             self._files[bucket].close()
 
-    def read(self, bucket: int) -> pa.Table:
-        with pa.memory_map(str(self.path(bucket))) as file, pa.ipc.open_stream(file) as stream:
-            return stream.read_all()
+    def take(self, bucket: int) -> pa.Table:
+        """The bucket's rows in input order; its file is removed."""
+        with pa.OSFile(str(self._path(bucket)), "rb") as file, pa.ipc.open_stream(file) as stream:
+            rows = stream.read_all()
+        self._path(bucket).unlink()
+        return rows
 
-    def times(self) -> Iterator[np.ndarray]:
-        for bucket in range(self.count):
-            with pa.memory_map(str(self.path(bucket))) as file, pa.ipc.open_stream(file) as stream:
-                for batch in stream:
-                    yield batch.column("time").to_numpy()
-
-    def time_at(self, rank: int) -> int:
-        """The time of the event with 0-based `rank` in time order."""
-        low, high = self.first_time, self.last_time
-        while low < high:
-            width = (high - low) // _BINS + 1
-            count_B = np.zeros(_BINS, np.int64)
-            below = 0
-            for time_N in self.times():
-                below += int((time_N < low).sum())
-                inside_N = time_N[(time_N >= low) & (time_N <= high)]
-                count_B += np.bincount((inside_N - low) // width, minlength=_BINS)
-            bin_ = int(np.searchsorted(np.cumsum(count_B) + below, rank, side="right"))
-            low, high = low + bin_ * width, min(high, low + (bin_ + 1) * width - 1)
-        return low
+    def _path(self, bucket: int) -> Path:
+        return self.folder / f"{bucket:05d}.arrow"
 
     def _flush(self, bucket: int) -> None:
         if self._waiting[bucket]:
             self._writers[bucket].write_table(pa.concat_tables(self._waiting[bucket]).combine_chunks())
-            self._waiting[bucket] = []
+            self._waiting[bucket], self._waiting_rows[bucket] = [], 0

@@ -1,8 +1,8 @@
 """Row rules of the canonical tables, and the quarantine for rows that break them.
 
 What is done with a row: a broken key (user, item, time, action, scenario) quarantines it, since it cannot be a training example; a broken
-side note (an unknown trigger item, a NaN price) is left out and the row stays (`repaired` counts these). A user that the users table
-does not know is allowed: the profile is unknown. More than `data.max_bad_share` of a table's rows in quarantine stops the run.
+side note (an unknown trigger item, an item's missing title) is left out and the row stays (`repaired` counts these). A user that the users
+table does not know is allowed: the profile is unknown. More than `data.max_bad_share` of a table's rows in quarantine stops the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from oxyray.data.tables import ACTIONS, Chunk, Ids
+from oxyray.data.tables import ACTIONS, Chunk, Ids, distinct
 from oxyray.errors import DataError
 
 
@@ -60,8 +60,8 @@ class Quarantine:
         if bad > self.max_share * rows:
             why = ", ".join(f"{n} × {reason}" for reason, n in self._table_reasons[table].most_common())
             raise DataError(
-                f"{table}: {bad} of {rows} rows break the contract, more than data.max_bad_share={self.max_share:g} ({why}; {self._example[table]}); "
-                "mend the table or raise data.max_bad_share"
+                f"{table}: {bad} of {rows} rows break the contract, more than data.max_bad_share={self.max_share:g} allows "
+                f"({why}; {self._example[table]}); mend the table or raise data.max_bad_share"
             )
 
     def close(self) -> None:
@@ -129,17 +129,14 @@ def sound_events(chunk: Chunk, items: Ids, latest: int | None, quarantine: Quara
 
 
 def sound_rows(name: str, chunk: Chunk, quarantine: Quarantine) -> pa.Table:
-    """Items or users (whole table in one chunk) without missing and repeated ids; of a repeated id the first row stays."""
+    """Items or users (the whole table in one chunk) without missing and repeated ids; of a repeated id the first row stays."""
     key = {"items": "item_id", "users": "user_id"}[name]
     column = chunk.rows[key]
-    values, code_N = np.unique(column.fill_null("").to_numpy(zero_copy_only=False).astype(str), return_index=True)
-    repeated_N = np.ones(chunk.rows.num_rows, bool)
-    repeated_N[code_N] = False
-    reasons = [f"{key} is missing", f"{key} is repeated", "price is below 0"]
-    broken = {reasons[0]: _missing(column), reasons[1]: repeated_N}
-    if name == "items" and "price" in chunk.rows.column_names:
-        broken[reasons[2]] = pc.less(chunk.rows["price"], 0).fill_null(False).to_numpy()
-    reason_N = first_reason(reasons, broken, chunk.rows.num_rows)
+    _, code_N = distinct(column)
+    repeated_N = np.ones(len(code_N), bool)
+    repeated_N[np.unique(code_N, return_index=True)[1]] = False
+    reasons = [f"{key} is missing", f"{key} is repeated"]
+    reason_N = first_reason(reasons, {reasons[0]: _missing(column), reasons[1]: repeated_N}, len(code_N))
     quarantine.take(name, chunk, reasons, reason_N)
     return chunk.rows.filter(pa.array(reason_N == 0))
 

@@ -1,7 +1,7 @@
 """Stage `prepare`: any source of tables → the prepared form in `RUN/data` that all later stages read (`prepared.py`).
 
-Every source becomes one folder of canonical tables (the user's own, or written to `RUN/source` by an importer or the embedded shop), and from
-there one way leads on: check and number the rows, spread events over buckets by user, then order, split and write bucket after bucket.
+Every source becomes one folder of canonical tables (the user's own, or written to `RUN/source` by an importer or the embedded shop), and
+from there one way leads on: check and number the rows, spread events over buckets by user, then order, split and write bucket after bucket.
 Items, users and one bucket of events are held in memory; events as a whole never are. Both folders appear whole or not at all.
 
 Least that can be worked with: two items, and two users with events; leave-one-out needs users with three events, a time split events in
@@ -10,10 +10,11 @@ all three of its ranges.
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +27,12 @@ from oxyray.data.buckets import EVENTS_PER_PART, SCHEMA, Buckets, bucket_of
 from oxyray.data.contract import Quarantine, sound_events, sound_rows
 from oxyray.data.features import ITEM_FEATURES, encode
 from oxyray.data.parts import Parts
-from oxyray.data.prepared import FORMAT
+from oxyray.data.prepared import FORMAT, Meta
+from oxyray.data.settle import Settled
 from oxyray.data.tables import ACTIONS, Chunk, Ids, Names, Table, find
 from oxyray.errors import DataError
 from oxyray.files import whole, write_json
-from oxyray.progress import bar
+from oxyray.progress import bar, track
 from oxyray.run import Run
 
 MOST_SCENARIOS = 1000
@@ -40,17 +42,19 @@ def prepare(config: Config, run: Run) -> None:
     """The stage. Raises DataError where the tables cannot be used; earlier artifacts of the run then stay as they were."""
     started, data = time.time(), config.data
     with ExitStack() as folders:
-        source = Path(data.path).expanduser() if data.source == "tables" and data.path else folders.enter_context(whole(run.path("source")))
-        if data.source != "tables":
-            write_source(data, source)
         out = folders.enter_context(whole(run.path("data")))
-        meta = write_prepared(data, source, out)
-    meta["seconds"] = round(time.time() - started, 1)
+        out.mkdir(parents=True)
+        quarantine = Quarantine(out / "quarantine", data.max_bad_share)
+        source = Path(data.path or "").expanduser()
+        if data.source != "tables":
+            source = folders.enter_context(whole(run.path("source")))
+            write_source(data, source, quarantine)
+        meta = write_prepared(data, source, out, quarantine)
     print(statistics.text(meta), flush=True)
-    run.log("prepare", statistics.numbers(meta))
+    run.log("prepare", statistics.numbers(meta) | {"seconds": round(time.time() - started, 1)})
 
 
-def write_source(data: DataConfig, folder: Path) -> None:
+def write_source(data: DataConfig, folder: Path, quarantine: Quarantine) -> None:
     """Canonical tables from what `data.source` names."""
     if data.source == "mall":
         from oxyray.data import mall
@@ -59,58 +63,77 @@ def write_source(data: DataConfig, folder: Path) -> None:
     else:
         from oxyray.data import importers
 
-        importers.write(data, folder)
+        importers.write(data, folder, quarantine)
 
 
-def write_prepared(data: DataConfig, source: Path, out: Path) -> dict[str, Any]:
+def write_prepared(data: DataConfig, source: Path, out: Path, quarantine: Quarantine) -> Meta:
     """Read the canonical tables of `source`, write the prepared form to `out`, return what is in its `meta.json`."""
-    out.mkdir(parents=True)
-    quarantine = Quarantine(out / "quarantine", data.max_bad_share)
     items, item_ids = _items(data, source, quarantine)
     users, user_ids = _users(data, source, quarantine)
     events = _open(data, source, "events")
-    parts = max(data.shards, -(-events.rows // EVENTS_PER_PART))
-    buckets, scenarios = _spread(data, events, item_ids, Buckets(out / ".buckets", parts), quarantine)
+    buckets, scenarios = _spread(data, events, item_ids, Buckets(out / ".buckets", _part_count(data, events)), quarantine)
+    pool_SI = _pools(source, sorted(scenarios), item_ids, quarantine)
     quarantine.close()
-    starts = _split_starts(data, buckets)
-    ranks = np.argsort(np.argsort(np.array(scenarios))).astype(np.int16)
-    writer = Parts(out, ranks, starts)
-    bucket_U = bucket_of(users["user_id"], parts)
-    with bar(parts, "ordering events", "part") as shown:
-        for part in range(parts):
-            writer.add(buckets.read(part), users.filter(pa.array(bucket_U == part)))
-            buckets.path(part).unlink()
-            shown.update()
-    buckets.folder.rmdir()
-    writer.close()
+    settled = _settle(buckets, Settled(out / ".settled"))
+    if data.core:
+        left_I = settled.core_items(len(item_ids), data.core)
+        items, pool_SI = items.filter(pa.array(left_I)), pool_SI[:, left_I]
+    starts = settled.split_starts(data.valid_share, data.test_share) if data.split == "time" else None
+    final_I = item_ids.find(items["item_id"])
+    item_number = np.full(len(item_ids), -1)
+    item_number[final_I] = np.arange(len(final_I))
+    parts = Parts(out, item_number, np.argsort(np.argsort(np.array(scenarios))), pool_SI, starts)
+    final_users = _write_parts(settled, parts, users, only_active=data.core > 0)
     side_IC, side = encode(items, [name for name in ITEM_FEATURES if name in items.column_names])
     profile_TP, profile = encode(users, [name for name in users.column_names if name != "user_id"])
-    profile_UP = np.concatenate([profile_TP, np.zeros((1, profile_TP.shape[1]), np.int32)])[user_ids.find(writer.users())]
+    unknown_1P = np.zeros((1, profile_TP.shape[1]), np.int32)
     pq.write_table(items, out / "items.parquet", row_group_size=65_536)
-    np.savez(out / "side.npz", side_IC=side_IC, profile_UP=profile_UP)
-    pool_SI = _pools(source, sorted(scenarios), item_ids, quarantine)
+    np.savez(out / "side.npz", side_IC=side_IC, profile_UP=np.concatenate([profile_TP, unknown_1P])[user_ids.find(final_users)])
     np.savez(out / "pools.npz", pool_SI=pool_SI)
-    meta = {
-        "format": FORMAT,
-        "name": data.name,
-        "time_unit": data.time_unit,
-        "split": data.split,
-        "actions": list(ACTIONS),
-        "scenarios": sorted(scenarios),
-        "items": items.num_rows,
-        "side": side,
-        "profile": profile,
-        "valid_start": None if starts is None else starts[0],
-        "test_start": None if starts is None else starts[1],
-        "parts": parts,
-        "quarantined": dict(quarantine.counts),
-        "repaired": dict(quarantine.repaired),
-        "ignored_columns": sorted(events.ignored),
-        **writer.about(pool_SI),
-    }
+    meta = Meta(
+        format=FORMAT,
+        name=data.name,
+        time_unit=data.time_unit,
+        split=data.split,
+        actions=list(ACTIONS),
+        scenarios=sorted(scenarios),
+        items=items.num_rows,
+        merged=settled.merged,
+        side=side,
+        profile=profile,
+        valid_start=starts and starts[0],
+        test_start=starts and starts[1],
+        quarantined=dict(quarantine.counts),
+        repaired=dict(quarantine.repaired),
+        ignored_columns=sorted(events.ignored),
+        **parts.about(),
+    )
     _check_enough(data, meta)
-    write_json(out / "meta.json", meta)
+    write_json(out / "meta.json", dataclasses.asdict(meta))
     return meta
+
+
+def _part_count(data: DataConfig, events: Table) -> int:
+    return max(data.shards, -(-events.rows // EVENTS_PER_PART))
+
+
+def _settle(buckets: Buckets, settled: Settled) -> Settled:
+    for bucket in track(range(buckets.count), buckets.count, "ordering events", "part"):
+        settled.add(buckets.take(bucket))
+    buckets.folder.rmdir()
+    return settled
+
+
+def _write_parts(settled: Settled, parts: Parts, users: pa.Table, only_active: bool) -> pa.ChunkedArray:
+    """All parts and the users; returns the user ids in their final order. With `only_active` users without events are left out."""
+    count = len(settled.users)
+    bucket_U = bucket_of(users["user_id"], count)
+    for bucket in track(range(count), count, "writing events", "part"):
+        rows, user_ids = settled.take(bucket)
+        known = users.filter(pa.array(bucket_U == bucket))
+        parts.add(rows, user_ids, known.filter(pc.is_in(known["user_id"], value_set=user_ids)) if only_active else known)
+    shutil.rmtree(settled.folder)
+    return parts.close()
 
 
 def _open(data: DataConfig, source: Path, name: str) -> Table:
@@ -129,6 +152,11 @@ def _items(data: DataConfig, source: Path, quarantine: Quarantine) -> tuple[pa.T
     if lost := pc.sum(untitled).as_py():
         quarantine.repaired["items: title is missing, the item_id stands for it"] = lost
         rows = rows.set_column(rows.column_names.index("title"), "title", pc.if_else(untitled, rows["item_id"], rows["title"]))
+    if "price" in rows.column_names:
+        nonsense = pc.less(rows["price"], 0).fill_null(False)
+        if lost := pc.sum(nonsense).as_py():
+            quarantine.repaired["items: price is below 0, left out"] = lost
+            rows = rows.set_column(rows.column_names.index("price"), "price", pc.if_else(nonsense, None, rows["price"]))
     rows = rows.sort_by("item_id").combine_chunks()
     if rows.num_rows < 2:
         raise DataError(f"{table.files[0]}: {rows.num_rows} item is left, a recommender needs at least 2")
@@ -175,15 +203,6 @@ def _spread(data: DataConfig, events: Table, items: Ids, buckets: Buckets, quara
     return buckets, list(scenarios)
 
 
-def _split_starts(data: DataConfig, buckets: Buckets) -> tuple[int, int] | None:
-    """First time of the validation and of the test range, by quantiles of event time; None for leave-one-out."""
-    if data.split == "leave_one_out":
-        return None
-    test = min(buckets.rows - 1, int(buckets.rows * (1 - data.test_share)))
-    valid = min(test, int(buckets.rows * (1 - data.test_share - data.valid_share)))
-    return buckets.time_at(valid), buckets.time_at(test)
-
-
 def _pools(source: Path, scenarios: list[str], items: Ids, quarantine: Quarantine) -> np.ndarray:
     """bool (scenarios, items): all items where `pools.parquet` says nothing of a scenario."""
     pool_SI = np.zeros((len(scenarios), len(items)), bool)
@@ -198,18 +217,20 @@ def _pools(source: Path, scenarios: list[str], items: Ids, quarantine: Quarantin
     return pool_SI
 
 
-def _check_enough(data: DataConfig, meta: dict[str, Any]) -> None:
-    where = f"{data.name}: "
-    if meta["users_with_events"] < 2:
-        raise DataError(where + "all events belong to one user; at least 2 users are needed to learn from one for another")
-    empty = [name for name, count in meta["splits"].items() if count == 0]
-    if empty and data.split == "leave_one_out":
+def _check_enough(data: DataConfig, meta: Meta) -> None:
+    if meta.events == 0 or meta.items < 2:
         raise DataError(
-            where
-            + f"no events for {', '.join(empty)}: leave-one-out needs users with at least 3 events each; more events, or data.split=time"
+            f"{data.name}: {meta.items} items and {meta.events} events are left"
+            + (f" with data.core={data.core}: lower it" if data.core else "")
         )
+    if meta.users_with_events < 2:
+        raise DataError(
+            f"{data.name}: all events belong to one user; at least 2 users are needed, since one user's choices are learnt from others'"
+        )
+    empty = ", ".join(name for name, count in meta.splits.items() if count == 0)
+    if empty and data.split == "leave_one_out":
+        raise DataError(f"{data.name}: no events for {empty}, since no user has 3 events or more: give more events, or set data.split=time")
     if empty:
         raise DataError(
-            where + f"no events for {', '.join(empty)}: the time split at {meta['valid_start']} and {meta['test_start']} leaves it empty; "
-            "check event_time, or set data.valid_share and data.test_share"
+            f"{data.name}: the time split leaves no events for {empty}: check event_time, or set data.valid_share and data.test_share"
         )

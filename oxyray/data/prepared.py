@@ -6,6 +6,8 @@ Items and users are numbered by their row in `items.parquet` and `users.parquet`
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,45 @@ EVENT_SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What `meta.json` says. `side` and `profile` give each feature's name and size (its codes lie in 0..size-1, 0 unknown); `users` counts
+    all known ones, `users_with_events` those with a history; `part_users` is the first user of each part; `fingerprint` changes with any
+    prepared event."""
+
+    format: int
+    name: str
+    time_unit: str
+    split: str
+    actions: list[str]
+    scenarios: list[str]
+    items: int
+    users: int
+    users_with_events: int
+    events: int
+    requests: int
+    merged: int
+    side: list[dict[str, Any]]
+    profile: list[dict[str, Any]]
+    valid_start: int | None
+    test_start: int | None
+    parts: int
+    part_users: list[int]
+    splits: dict[str, int]
+    scenario_actions: list[list[int]]
+    history_quantiles: dict[str, int]
+    time_range: list[int]
+    outside_pool: int
+    quarantined: dict[str, int]
+    repaired: dict[str, int]
+    ignored_columns: list[str]
+    fingerprint: str
+
+
 class Prepared:
     """Read with `Prepared.load(RUN/data)`; raises RunError when a file is missing or damaged."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, meta: Meta) -> None:
         self.folder = folder
         self.meta = meta
         with _arrays(folder / "side.npz") as side:
@@ -49,22 +86,18 @@ class Prepared:
     @classmethod
     def load(cls, folder: str | Path) -> Prepared:
         folder = Path(folder)
-        meta = read_json(folder / "meta.json")
-        if meta.get("format") != FORMAT:
-            raise RunError(
-                f"{folder} was written by another version of OxyRay (format {meta.get('format')}, this one reads {FORMAT}): run `oxyray prepare` again"
-            )
-        prepared = cls(folder, meta)
-        rows = (len(prepared.side_IC), len(prepared.profile_UP))
-        if rows != (meta["items"], meta["users"]):
-            raise RunError(
-                f"{folder}/side.npz holds {rows[0]} items and {rows[1]} users, meta.json {meta['items']} and {meta['users']}: run `oxyray prepare` again"
-            )
+        values = read_json(folder / "meta.json")
+        if values.get("format") != FORMAT or set(values) != {field.name for field in dataclasses.fields(Meta)}:
+            raise RunError(f"{folder} was written by another version of OxyRay: run `oxyray prepare` again")
+        prepared = cls(folder, Meta(**values))
+        rows, said = (len(prepared.side_IC), len(prepared.profile_UP)), (values["items"], values["users"])
+        if rows != said:
+            raise RunError(f"{folder}/side.npz holds {rows} items and users, meta.json {said}: run `oxyray prepare` again")
         return prepared
 
     @property
     def parts(self) -> int:
-        return int(self.meta["parts"])
+        return self.meta.parts
 
     @cached_property
     def items(self) -> pa.Table:
@@ -78,7 +111,7 @@ class Prepared:
     def pools(self) -> dict[str, np.ndarray]:
         """bool per item for each scenario: the items that may be recommended there."""
         with _arrays(self.folder / "pools.npz") as file:
-            return dict(zip(self.meta["scenarios"], file["pool_SI"], strict=True))
+            return dict(zip(self.meta.scenarios, file["pool_SI"], strict=True))
 
     def events(self, part: int, columns: list[str] | None = None) -> dict[str, np.ndarray]:
         """One part's columns (all of `EVENT_SCHEMA`, or the named ones). `query` holds strings or None; no price is NaN, no quantity 0."""
@@ -88,14 +121,14 @@ class Prepared:
 
     def user_events(self, user: int) -> dict[str, np.ndarray]:
         """All events of one user, in time order, whatever their split."""
-        if not 0 <= user < self.meta["users"]:
-            raise DataError(f"user index {user} is out of range: {self.folder} has {self.meta['users']} users")
-        part = int(np.searchsorted(self.meta["part_users"], user, side="right")) - 1
+        if not 0 <= user < self.meta.users:
+            raise DataError(f"user index {user} is out of range: {self.folder} has {self.meta.users} users")
+        part = int(np.searchsorted(self.meta.part_users, user, side="right")) - 1
         return _columns(self._table(f"events/part-{part:05d}.parquet", filters=pc.field("user") == user))
 
     @cached_property
     def _train_counts_I(self) -> np.ndarray:
-        count_I = np.zeros(self.meta["items"], np.int64)
+        count_I = np.zeros(self.meta.items, np.int64)
         for part in range(self.parts):
             rows = self.events(part, ["item", "split"])
             count_I += np.bincount(rows["item"][rows["split"] == 0], minlength=len(count_I))

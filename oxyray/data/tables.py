@@ -139,7 +139,8 @@ class Table:
                 if column.required:
                     have = ", ".join(schema.names)
                     raise DataError(
-                        f"{file}: column {column.name} is missing (the file has: {have}); rename a column, or import with data=files and a column mapping"
+                        f"{file}: column {column.name} is missing (the file has: {have}); rename a column, or import with data=files, "
+                        f"which maps columns"
                     )
                 continue
             kind = schema.field(column.name).type
