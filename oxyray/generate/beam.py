@@ -59,7 +59,7 @@ def beam_search(policy: Policy, batch: Batch, rows: Rows, beams: int, pool: Pool
     root_M = torch.zeros(requests, dtype=torch.long, device=decoding.hidden_BKD.device)
     logprob_BK, node_BK = decoding.hidden_BKD.new_zeros(requests, 1), root_M[:, None]
     for level in range(tree.levels):
-        first_M, count_M = (root_M, root_M + len(tree.code(0))) if level == 0 else tree.children(level - 1, node_BK.clamp(min=0).flatten())
+        first_M, count_M = (root_M, root_M + len(tree.code(0))) if level == 0 else tree.children_of(level - 1, node_BK.clamp(min=0).flatten())
         count_M = torch.where(node_BK.flatten() >= 0, count_M, 0)
         state_P, child_P = spread(first_M, count_M)
         if pool is not None:

@@ -42,7 +42,7 @@ class Tree(nn.Module):
     def parent(self, level: int) -> Tensor:
         return self.get_buffer(f"parent{level}")
 
-    def children(self, level: int, node_M: Tensor) -> tuple[Tensor, Tensor]:
+    def children_of(self, level: int, node_M: Tensor) -> tuple[Tensor, Tensor]:
         """First child (a node of level + 1) and number of children of each node."""
         first = self.get_buffer(f"first_child{level}")
         return first[node_M], first[node_M + 1] - first[node_M]

@@ -91,7 +91,7 @@ class Policy(nn.Module):
         path_QL = self.tree.path_IL[item_Q]
         nll = [vocabulary_nll(hidden_QTD[:, 0], vectors[0], path_QL[:, 0], self.config.label_smoothing)]
         for level in range(1, self.vocab.levels):
-            first_Q, count_Q = self.tree.children(level - 1, path_QL[:, level - 1])
+            first_Q, count_Q = self.tree.children_of(level - 1, path_QL[:, level - 1])
             nll.append(children_nll(hidden_QTD[:, level], vectors[level], first_Q, count_Q, path_QL[:, level]))
         return nll
 
@@ -127,7 +127,9 @@ class Policy(nn.Module):
         index_BS, real_BS = pad_index(batch.history_offset)
         event_ND = item_UD[batch.item_N] + self.action(batch.action_N) + self.event_scenario(batch.scenario_N)
         if self.event_gap is not None:
-            event_ND = event_ND + self.event_gap(Clock.gap_bucket(torch.diff(batch.time_N, prepend=batch.time_N[:1])))
+            gap_N = torch.diff(batch.time_N, prepend=batch.time_N[:1])
+            gap_N[batch.history_offset[:-1].clamp(max=max(len(gap_N) - 1, 0))[torch.diff(batch.history_offset) > 0]] = 0
+            event_ND = event_ND + self.event_gap(Clock.gap_bucket(gap_N))
         profile_BD = self.profile_base.expand(batch.segments, -1)
         for column, table in enumerate(self.profile):
             profile_BD = profile_BD + table(batch.profile_BP[:, column])

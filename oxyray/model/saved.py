@@ -1,0 +1,64 @@
+"""The exported model, `RUN/pretrain/model/`: `policy.safetensors`, `tables.safetensors`, `model.json`. All that serving needs beside data and catalogue.
+
+`model.json` says what the weights were trained for: the model's configuration, the sizes of its vocabulary, the catalogue's version, the data's
+fingerprint, the step. Reading it back checks each against the run it is read into.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from oxyray.config import ModelConfig, from_dict, to_dict
+from oxyray.errors import CatalogueError, RunError
+from oxyray.files import read_json, write_json
+from oxyray.model.inputs import Inputs
+from oxyray.model.items import Vocab
+from oxyray.model.policy import Policy
+from oxyray.model.tables import PlainTables
+
+Tensor = torch.Tensor
+
+
+def about_model(config: ModelConfig, inputs: Inputs, **more: Any) -> dict[str, Any]:
+    """The content of `model.json`."""
+    return {
+        "model": to_dict(config),
+        "vocab": dataclasses.asdict(inputs.vocab),
+        "catalogue": inputs.catalog.version,
+        "data": inputs.prepared.meta.fingerprint,
+        **more,
+    }
+
+
+def write_model(folder: Path, weights: Mapping[str, Tensor], about: dict[str, Any]) -> None:
+    """Write the dense weights and `model.json` into `folder` (the tables' file is written by whoever holds the tables)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / "policy.safetensors")
+    write_json(folder / "model.json", about)
+
+
+def read_model(folder: Path, inputs: Inputs, device: torch.device | str = "cpu") -> tuple[Policy, PlainTables]:
+    """The policy in eval mode and its tables. Raises CatalogueError when it was trained with another catalogue or for other sizes, RunError when a
+    file is missing or damaged."""
+    about = read_json(folder / "model.json")
+    if about["catalogue"] != inputs.catalog.version:
+        raise CatalogueError(
+            f"{folder} was trained with catalogue {about['catalogue']}, the run holds {inputs.catalog.version}: run `oxyray pretrain` again"
+        )
+    vocab = Vocab(**(about["vocab"] | {name: tuple(about["vocab"][name]) for name in ("side", "profile")}))
+    if vocab != inputs.vocab:
+        wrong = [f.name for f in dataclasses.fields(Vocab) if getattr(vocab, f.name) != getattr(inputs.vocab, f.name)]
+        raise CatalogueError(f"{folder} was trained for other data ({', '.join(wrong)} differ): run `oxyray pretrain` again")
+    policy = inputs.policy(from_dict(ModelConfig, about["model"], "model."))
+    try:
+        policy.load_state_dict(load_file(folder / "policy.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise RunError(f"{folder}/policy.safetensors does not load ({str(error).splitlines()[0]}): run `oxyray pretrain` again") from None
+    return policy.to(device).eval(), PlainTables.load(folder / "tables.safetensors", device)

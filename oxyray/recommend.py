@@ -1,0 +1,140 @@
+"""Recommendations for people and for code: `Recommender.load(run).recommend(user=..., scenario=...)`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oxyray.config import Config, RecommendConfig, from_dict
+from oxyray.data.prepared import Prepared
+from oxyray.data.requests import request_segments, timeline
+from oxyray.errors import DataError
+from oxyray.files import read_json
+from oxyray.generate.engine import Generator
+from oxyray.model.inputs import Inputs
+from oxyray.model.saved import read_model
+from oxyray.run import Run
+
+_SHOWN_HISTORY = 8
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One item as people see it. `score` is the log-probability of its SID (None for history); `note` its action or category."""
+
+    item_id: str
+    title: str
+    score: float | None
+    note: str
+    price: float | None
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """What was recommended, best first, and the recent history it rests on, newest first. `str()` of it is a readable table."""
+
+    user: str
+    scenario: str
+    trigger: Shown | None
+    recent: list[Shown]
+    items: list[Shown]
+    milliseconds: float
+
+    def __str__(self) -> str:
+        lines = [f"user {self.user} at {self.scenario}" + (f", looking at {self.trigger.item_id} {self.trigger.title}" if self.trigger else "")]
+        lines += ["", "recently"] + ([_line("", shown) for shown in self.recent] or ["  nothing yet"])
+        lines += ["", f"recommended ({self.milliseconds:.0f} ms)"]
+        lines += [_line(f"{place}.", shown) for place, shown in enumerate(self.items, 1)]
+        return "\n".join(lines)
+
+
+def _line(place: str, shown: Shown) -> str:
+    score = "" if shown.score is None else f"{shown.score:8.3f}  "
+    title = shown.title if len(shown.title) <= 68 else shown.title[:67] + "…"
+    price = "" if shown.price is None else f"{shown.price:9.2f}"
+    return f"  {place:>3} {score}{shown.item_id:<12} {title:<68} {price}  {shown.note}".rstrip()
+
+
+class Recommender:
+    """A trained run, ready to answer. Loading reads the data, the catalogue and the exported model; answering needs torch alone."""
+
+    def __init__(self, inputs: Inputs, generator: Generator, config: Any) -> None:
+        self.inputs, self.generator, self._model = inputs, generator, config
+        self.prepared: Prepared = inputs.prepared
+        self._collate = inputs.collator(config)
+        self._names = {name: place for place, name in enumerate(self.prepared.meta.scenarios)}
+
+    @classmethod
+    def load(cls, run: str | Path, device: str = "cpu") -> Recommender:
+        """From a run folder that `oxyray run` (or `prepare`, `sid`, `pretrain`) has filled. Raises RunError naming the stage that is missing."""
+        place = Run(run)
+        inputs = Inputs.load(place)
+        policy, tables = read_model(place.need("pretrain", "model", stage="pretrain"), inputs, device)
+        generate = from_dict(Config, read_json(place.need("config.json", stage="run"))).generate
+        beams = min(generate.beams, inputs.catalog.index.leaves)
+        generator = Generator(policy, tables.lookup, inputs.catalog.index, inputs.prepared.train_counts_I(), beams, generate.normalise)
+        return cls(inputs, generator, policy.config)
+
+    def recommend(
+        self, user: str | None, scenario: str | None = None, trigger: str | None = None, k: int = 10, include_seen: bool = True, at: int | None = None
+    ) -> Recommendations:
+        """The best `k` items for a user in a scenario, after all of the user's events.
+
+        `user` None is a newcomer without history; `scenario` None is the user's last one (a newcomer's: the shop's first); `at` is the time of the request in
+        the data's unit (None: just after the last event); `include_seen=False` leaves out items of the user's history. Raises DataError on an
+        unknown user, scenario or trigger item, GenerationError on an empty pool.
+        """
+        if k < 1:
+            raise DataError(f"k must be at least 1, got {k}")
+        began = time.perf_counter()
+        index = -1 if user is None else self.prepared.user_index(user)
+        past = self._past(index)
+        place = self._scenario(scenario, past)
+        asked = self._ask(past, max(index, 0), place, -1 if trigger is None else self.prepared.item_index(trigger), at)
+        line = timeline(asked)
+        batch = self._collate(line, request_segments(line, np.array([len(line) - 1]), self._model.history), targets=False)
+        name = self.prepared.meta.scenarios[place]
+        seen = [past["item"]] if not include_seen else None
+        found = self.generator.generate(batch, k, self.generator.pool(name, self.prepared.pools[name]), seen)
+        milliseconds = 1e3 * (time.perf_counter() - began)
+        real = found.item_BR[0] >= 0
+        items = [self._shown(int(i), float(s)) for i, s in zip(found.item_BR[0][real], found.score_BR[0][real], strict=True)]
+        actions = self.prepared.meta.actions
+        recent = [self._shown(int(past["item"][e]), None, actions[past["action"][e]]) for e in range(len(past["item"]))[: -_SHOWN_HISTORY - 1 : -1]]
+        looking = None if trigger is None else self._shown(self.prepared.item_index(trigger), None)
+        return Recommendations("(new)" if user is None else user, name, looking, recent, items, milliseconds)
+
+    def _past(self, user: int) -> dict[str, np.ndarray]:
+        if user < 0:
+            return {name: values[:0] for name, values in self.prepared.events(0).items()}
+        return self.prepared.user_events(user)
+
+    def _scenario(self, name: str | None, past: dict[str, np.ndarray]) -> int:
+        if name is None:
+            return int(past["scenario"][-1]) if len(past["scenario"]) else 0
+        if name not in self._names:
+            raise DataError(f"scenario {name!r} is unknown; this shop has {', '.join(self._names)}")
+        return self._names[name]
+
+    def _ask(self, past: dict[str, np.ndarray], user: int, scenario: int, trigger: int, at: int | None) -> dict[str, np.ndarray]:
+        """The user's past with one more event behind it: the request (its item is never read)."""
+        last = int(past["time"][-1]) if len(past["time"]) else 0
+        new = {"user": user, "item": 0, "time": last + 1 if at is None else at, "action": 0, "scenario": scenario, "request": -1, "trigger": trigger, "split": 2}
+        return {name: np.append(past[name], value).astype(np.int64) for name, value in new.items()}
+
+    def _shown(self, item: int, score: float | None, note: str = "") -> Shown:
+        row = {name: self.prepared.items[name][item].as_py() for name in ("item_id", "title", "price", "category_1", "category_2", "category_3")
+               if name in self.prepared.items.column_names}  # fmt: skip
+        categories = [str(row[name]) for name in ("category_1", "category_2", "category_3") if row.get(name)]
+        return Shown(row["item_id"], row.get("title") or "", score, note or " > ".join(categories), row.get("price"))
+
+
+def show(config: RecommendConfig, run: Run) -> None:
+    """`oxyray recommend`: print what a user would see. Without a user, the first one of the shop stands in."""
+    recommender = Recommender.load(run.folder)
+    user = config.user if config.user is not None else recommender.prepared.users["user_id"][0].as_py()
+    print(recommender.recommend(user, config.scenario, config.trigger, config.k))

@@ -1,0 +1,140 @@
+"""The rule about time, against brute force on random events; and the step plan: complete, independent of workers, resumable."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oxyray.data.requests import request_segments, timeline, training_segments
+from oxyray.data.stream import Collator, ItemFeatures, SegmentStream
+from tests.model.toys import Toy
+
+import torch
+
+
+@st.composite
+def events(draw):
+    """Random events of a few users whose requests may hold several events, overlap in time and share times."""
+    size = draw(st.integers(1, 50))
+    column = lambda low, high: np.array(draw(st.lists(st.integers(low, high), min_size=size, max_size=size)))  # noqa: E731
+    user = np.sort(column(0, 3))
+    return {"user": user, "item": np.arange(size), "time": column(0, 12), "action": column(0, 2), "scenario": column(0, 1),
+            "request": column(0, 14) + 100 * user, "trigger": np.full(size, -1), "split": column(0, 2)}  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(raw=events(), history=st.integers(1, 9))
+def test_no_input_is_later_than_its_target_nor_of_its_own_request(raw, history):
+    time = timeline(raw)
+    begin = {r: raw["time"][raw["request"] == r].min() for r in raw["request"]}
+    end = {r: raw["time"][raw["request"] == r].max() for r in raw["request"]}
+    request_of = dict(zip(raw["item"], raw["request"], strict=True))  # items are unique here: they name events
+    time_of = dict(zip(raw["item"], raw["time"], strict=True))
+    user_of = dict(zip(raw["item"], raw["user"], strict=True))
+    for segments in (training_segments(time, history), request_segments(time, np.arange(len(time)), history)):
+        asked = []
+        for start, length, first, count in zip(segments.start_B, segments.length_B, segments.query_start_B, segments.query_length_B, strict=True):
+            assert length <= history
+            for event in range(first, first + count):
+                target = time.item_E[event]
+                asked.append(target)
+                visible = max(0, time.user_start_E[event] + time.visible_E[event] - start)
+                assert visible <= length
+                for seen in time.item_E[start : start + visible]:
+                    assert user_of[seen] == user_of[target]
+                    assert request_of[seen] != request_of[target]
+                    assert time_of[seen] <= begin[request_of[target]] <= time_of[target]
+        assert sorted(asked) == sorted(raw["item"]), "every event is asked exactly once"
+    for event in range(len(time)):  # and nothing that was over is hidden
+        target = time.item_E[event]
+        seen = set(time.item_E[time.user_start_E[event] : time.user_start_E[event] + time.visible_E[event]])
+        over = {i for i in raw["item"] if user_of[i] == user_of[target] and end[request_of[i]] < begin[request_of[target]]}
+        assert over <= seen
+
+
+@settings(max_examples=50, deadline=None)
+@given(raw=events())
+def test_a_training_timeline_holds_training_events_only(raw):
+    assert sorted(timeline(raw, splits=(0,)).item_E) == sorted(raw["item"][raw["split"] == 0])
+
+
+class Parts:
+    """Three parts of users, as `Prepared` gives them."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(3)
+        self.parts, self.meta = 3, type("Meta", (), {"name": "toy"})
+        self._parts = []
+        for part in range(3):
+            size = 200
+            self._parts.append(
+                {"user": np.sort(random.integers(0, 12, size)) + 12 * part, "item": np.arange(size) + size * part, "time": random.integers(0, 10**4, size),
+                 "action": random.integers(0, 3, size), "scenario": random.integers(0, 2, size), "request": np.arange(size) + size * part,
+                 "trigger": np.full(size, -1), "split": random.integers(0, 2, size) * random.integers(0, 2, size)}
+            )  # fmt: skip
+
+    def events(self, part: int):
+        return self._parts[part]
+
+
+def stream(seed: int = 0, **more) -> SegmentStream:
+    features = ItemFeatures(torch.zeros(600, 3, dtype=torch.long), torch.zeros(600, 0, dtype=torch.long), None)
+    collate = Collator(features, np.zeros((36, 0), int), np.array([1.0, 2.0, 4.0]), whole_catalogue=True)
+    return SegmentStream(Parts(), collate, history=8, targets_per_step=40, seed=seed, **more)
+
+
+def targets_by_step(source: SegmentStream, steps: int, worlds: int = 1, micro: int = 1) -> list[list[int]]:
+    """Targets of each step over all ranks and micro-batches, sorted."""
+    ranks = []
+    for rank in range(worlds):
+        one = stream()
+        one.load_state_dict(source.state_dict())
+        batches = one.batches(rank, worlds, micro)
+        ranks.append([[t for batch in next(batches) for t in batch.target_Q.tolist()] for _ in range(steps)])
+    return [sorted(t for rank in ranks for t in rank[step]) for step in range(steps)]
+
+
+def test_an_epoch_asks_every_training_event_once_and_epochs_differ():
+    source = stream()
+    steps = source.steps_per_epoch()
+    seen = targets_by_step(source, 2 * steps)
+    training = sorted(i for part in range(3) for i, s in zip(Parts().events(part)["item"], Parts().events(part)["split"], strict=True) if s == 0)
+    assert sorted(t for step in seen[:steps] for t in step) == training
+    assert sorted(t for step in seen[steps:] for t in step) == training
+    assert seen[:steps] != seen[steps:]
+
+
+def test_steps_are_the_same_for_any_number_of_workers_and_micro_batches():
+    want = targets_by_step(stream(), 12)
+    assert targets_by_step(stream(), 12, worlds=2) == want
+    assert targets_by_step(stream(), 12, worlds=3, micro=2) == want
+
+
+def test_resuming_goes_on_where_it_stopped_also_at_an_epoch_boundary():
+    steps = stream().steps_per_epoch()
+    want = targets_by_step(stream(), 2 * steps + 3)
+    for stop in (1, steps - 1, steps, steps + 2):
+        first = stream()
+        batches = first.batches()
+        for _ in range(stop):
+            next(batches)
+        second = stream()
+        second.load_state_dict(first.state_dict())
+        assert targets_by_step(second, 2 * steps + 3 - stop) == want[stop:]
+
+
+def test_overfitting_repeats_the_same_few_steps():
+    few = stream(overfit_steps=2)
+    batches = few.batches()
+    seen = [sorted(next(batches)[0].target_Q.tolist()) for _ in range(6)]
+    assert seen[0] == seen[2] == seen[4] and seen[1] == seen[3] == seen[5]
+
+
+def test_a_block_of_the_batch_points_at_the_same_items_as_the_whole_catalogue():
+    toy = Toy(head="codes")
+    part = toy.training_batch()
+    toy.collate.whole_catalogue = True
+    whole = toy.training_batch()
+    for name in ("item_N", "trigger_Q", "target_Q"):
+        local, catalogue = getattr(part, name), getattr(whole, name)
+        assert torch.equal(torch.where(local < 0, -1, part.items.ids_U[local.clamp(min=0)]), catalogue)
+    assert torch.equal(part.items.codes_UL, whole.items.codes_UL[part.items.ids_U])

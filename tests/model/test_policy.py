@@ -1,0 +1,146 @@
+"""The policy against slow, obvious versions of itself: one request at a time, dense softmax, autograd on what may not be seen."""
+
+import numpy as np
+import pytest
+import torch
+
+from oxyray.data.requests import training_segments
+from oxyray.errors import CatalogueError
+from oxyray.model.head import ragged_logsumexp, spread
+from oxyray.model.losses import item_nll
+from oxyray.model.policy import Policy
+from oxyray.sid.prefix import PrefixIndex
+from tests.model.toys import Toy
+
+
+def sid_logprob(toy: Toy, batch, node_path: np.ndarray) -> float:
+    """Log-probability of one SID of the only request of `batch`, each level by a dense softmax over all legal children."""
+    decoding = toy.policy.start(batch, toy.lookup(batch.lookups()))
+    total = 0.0
+    for level, node in enumerate(node_path):
+        parent = toy.index.parent[level] if level else np.zeros(len(toy.index.code[0]), int)
+        siblings = np.flatnonzero(parent == (node_path[level - 1] if level else 0))
+        logits = decoding.vectors[level] @ decoding.hidden_BKD[0, 0]
+        total += float(logits[node] - torch.logsumexp(logits[siblings], 0))
+        toy.policy.advance(decoding, level, torch.tensor([[node]]), torch.zeros(1, 1, dtype=torch.long) if level else None)
+    return total
+
+
+def test_one_pass_over_all_positions_equals_one_request_at_a_time():
+    toy = Toy(item_loss=0.0)
+    segments = training_segments(toy.timeline, toy.config.history)
+    batch = toy.collate(toy.timeline, segments)
+    rows = toy.lookup(batch.lookups())
+    together = toy.policy.loss(batch, rows)
+    events = np.concatenate([np.arange(a, a + n) for a, n in zip(segments.query_start_B, segments.query_length_B, strict=True)])
+    alone = 0.0
+    for event, segment in zip(events, np.repeat(np.arange(len(segments)), segments.query_length_B), strict=True):
+        time = toy.timeline
+        start = segments.start_B[segment]
+        length = max(0, int(time.user_start_E[event] + time.visible_E[event] - start))
+        one = type(segments)(np.array([start]), np.array([length]), np.array([event]), np.array([1]))
+        path = toy.index.node_path(toy.index.leaf_of(toy.codes_IL[[time.item_E[event]]]))[0]
+        weight = [1.0, 2.0, 4.0][time.action_E[event]]
+        alone -= weight * sid_logprob(toy, toy.collate(time, one), path)
+    assert together.total.item() == pytest.approx(alone, rel=1e-9)
+    assert batch.weight() == pytest.approx(sum([1.0, 2.0, 4.0][a] for a in toy.timeline.action_E))
+
+
+def test_no_query_depends_on_what_it_may_not_see():
+    toy = Toy()
+    batch = toy.training_batch()
+    rows = toy.lookup(batch.lookups())
+    item_UD = toy.policy.items(batch.items, rows["item"]).detach()
+    event_ND = torch.randn(len(batch.item_N), item_UD.shape[1], dtype=torch.double, requires_grad=True)
+
+    class Events(torch.nn.Module):  # stands in for the action embedding, so that each event has an input of its own
+        def forward(self, _):
+            return event_ND
+
+    toy.policy.action = Events()
+    memory = toy.policy._memory(batch, rows, item_UD)
+    hidden_QTD = toy.policy.decoder(toy.policy._prompt(batch, item_UD, memory), memory)
+    segment_Q = torch.repeat_interleave(torch.arange(batch.segments), torch.diff(batch.query_offset))
+    for query in range(batch.queries):
+        (gradient,) = torch.autograd.grad(hidden_QTD[query, -1].square().sum(), event_ND, retain_graph=True)
+        first = int(batch.history_offset[segment_Q[query]])
+        seen = set(range(first, first + int(batch.visible_Q[query])))
+        touched = set(gradient.abs().sum(1).nonzero().flatten().tolist())
+        assert touched == seen, f"query {query} sees {seen} but depends on {touched}"
+
+
+@pytest.mark.parametrize("head", ["tied", "codes"])
+def test_loss_has_gradient_by_finite_differences(head):
+    toy = Toy(head=head, item_loss=0.5)
+    batch = toy.training_batch()
+    rows = toy.lookup(batch.lookups())
+    toy.policy.loss(batch, rows).total.backward()
+    random = np.random.default_rng(0)
+    for name, parameter in toy.policy.named_parameters():
+        at = tuple(random.integers(0, size) for size in parameter.shape)
+        old = parameter.data[at].item()
+        values = []
+        for step in (1e-5, -1e-5):
+            parameter.data[at] = old + step
+            values.append(toy.policy.loss(batch, rows).total.item())
+        parameter.data[at] = old
+        assert parameter.grad is not None, name
+        assert parameter.grad[at].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-5), name
+
+
+def test_an_encoder_that_is_not_causal_sees_the_same_history_one_query_at_a_time():
+    toy = Toy(causal_encoder=False)
+    events = np.arange(len(toy.timeline))
+    batch = toy.request_batch(events)
+    alone = [toy.request_batch(events[[i]]) for i in events]
+    together = toy.policy.start(batch, toy.lookup(batch.lookups())).hidden_BKD
+    one = torch.cat([toy.policy.start(b, toy.lookup(b.lookups())).hidden_BKD for b in alone])
+    torch.testing.assert_close(together, one)
+
+
+def test_items_of_the_batch_suffice_for_the_code_head():
+    """The block of a batch's own items and the block of the whole catalogue give the same loss."""
+    toy = Toy(head="codes", item_loss=0.0)
+    part = toy.training_batch()
+    toy.collate.whole_catalogue = True
+    whole = toy.training_batch()
+    assert len(part.items.ids_U) <= len(whole.items.ids_U)
+    losses = [toy.policy.loss(batch, toy.lookup(batch.lookups())).total.item() for batch in (part, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_tied_node_vectors_are_means_over_items_below():
+    toy = Toy()
+    item_ID = torch.randn(40, 16, dtype=torch.double)
+    vectors = toy.policy.head.node_vectors(toy.policy.tree, item_ID)
+    for level in range(3):
+        for node in range(len(toy.index.code[level])):
+            below = np.flatnonzero(toy.policy.tree.path_IL[:, level].numpy() == node)
+            prefix = toy.codes_IL[below][:, : level + 1]
+            assert len(np.unique(prefix, axis=0)) == 1
+            want = item_ID[below].mean(0) + toy.policy.head.own[level].weight[prefix[0, level]]
+            torch.testing.assert_close(vectors[level][node], want)
+
+
+def test_ragged_logsumexp_equals_a_loop():
+    count_M = torch.tensor([3, 1, 5, 2])
+    state_P, child_P = spread(torch.tensor([10, 0, 4, 20]), count_M)
+    assert child_P.tolist() == [10, 11, 12, 0, 4, 5, 6, 7, 8, 20, 21]
+    logit_P = torch.randn(11, dtype=torch.double) * 30
+    want = torch.stack([torch.logsumexp(piece, 0) for piece in logit_P.split(count_M.tolist())])
+    torch.testing.assert_close(ragged_logsumexp(logit_P, state_P, 4), want)
+
+
+def test_sampled_item_loss_is_close_to_the_full_one():
+    torch.manual_seed(0)
+    query, items, target = torch.randn(50, 8).double() * 0.3, torch.randn(400, 8).double(), torch.randint(400, (50,))
+    full = item_nll(query, items, target, 0).mean()
+    sampled = torch.stack([item_nll(query, items, target, 200).mean() for _ in range(200)]).mean()
+    assert float(sampled) == pytest.approx(float(full), abs=0.05)
+
+
+def test_a_catalogue_of_another_width_is_refused():
+    toy = Toy()
+    other = PrefixIndex.from_codes(toy.codes_IL, 9)
+    with pytest.raises(CatalogueError, match=r"3 levels of 5 codes.*3 of 9"):
+        Policy(toy.config, toy.vocab, other)

@@ -1,0 +1,51 @@
+"""Tiny random shops for the model's tests: a catalogue, features, a timeline, a policy and its rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from oxyray.config import ModelConfig
+from oxyray.data.batch import Batch
+from oxyray.data.requests import Timeline, request_segments, timeline, training_segments
+from oxyray.data.stream import Collator, ItemFeatures
+from oxyray.model.items import Vocab
+from oxyray.model.policy import Policy
+from oxyray.sid.prefix import PrefixIndex
+
+
+class Toy:
+    """`items` items with random SIDs of 3 levels of `width` codes, a few users with random events, a policy in float64 and eval mode."""
+
+    def __init__(self, head: str = "tied", items: int = 40, width: int = 5, users: int = 6, seed: int = 0, clock: bool = True, **model: object) -> None:
+        random = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        self.codes_IL = random.integers(0, width, (items, 3))
+        self.index = PrefixIndex.from_codes(self.codes_IL, width)
+        self.vocab = Vocab(items=items, users=users, scenarios=3, actions=3, side=(4, 3), profile=(5,), levels=3, width=width, text=7, clock=clock)
+        config = {"width": 16, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "hidden": 24, "dropout": 0.0, "row_dim": 8, "history": 6, "item_negatives": 0}
+        self.config = ModelConfig(**(config | {"head": head} | model))  # type: ignore[arg-type]
+        self.policy = Policy(self.config, self.vocab, self.index).double().eval()
+        for parameter in self.policy.parameters():  # defaults near zero would hide mistakes
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
+        side = np.stack([random.integers(0, size, items) for size in self.vocab.side], axis=1)
+        self.features = ItemFeatures(torch.from_numpy(self.codes_IL), torch.from_numpy(side), torch.randn(items, 7).double())
+        self.collate = Collator(self.features, random.integers(0, 5, (users, 1)), np.array([1.0, 2.0, 4.0]), head == "tied")
+        self.tables = {"item": torch.randn(items, 8).double(), "user": torch.randn(users, 8).double()}
+        events = 12 * users
+        self.timeline: Timeline = timeline(
+            {
+                "user": np.sort(random.integers(0, users, events)), "item": random.integers(0, items, events), "time": random.integers(0, 10**6, events),
+                "action": random.integers(0, 3, events), "scenario": random.integers(0, 3, events), "request": random.integers(0, events, events),
+                "trigger": random.integers(-1, items, events), "split": np.zeros(events, int),
+            }
+        )  # fmt: skip
+
+    def lookup(self, ids: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self.tables[name][index] for name, index in ids.items()}
+
+    def training_batch(self) -> Batch:
+        return self.collate(self.timeline, training_segments(self.timeline, self.config.history))
+
+    def request_batch(self, events: np.ndarray) -> Batch:
+        return self.collate(self.timeline, request_segments(self.timeline, events, self.config.history))
