@@ -1,0 +1,143 @@
+"""The utility of a choice, and the choice probabilities that follow: product type, then shelf, then item, each a softmax.
+
+    P(item | request) = P(type | request, persona) · P(shelf | type, request, taste) · P(item | shelf, request, taste)
+
+The first factor depends on the hidden persona alone, the others on the hidden taste alone; everything else is visible: profile, time, city and its
+weather, scenario, trigger, and the user's own past (`memory.py`). A search names its wish: given the query, only matching items remain.
+After the click, cart and purchase are drawn from `action_probability`.
+
+Every function works on candidates given as indices, so that the simulator (few candidates) and the optimum (all items) share it.
+Legend: B requests, F product types, X candidates, Z personas, K tastes, R recent events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from oxyray.data.mall.calendar import DAY
+from oxyray.data.mall.memory import Memory
+from oxyray.data.mall.people import Users
+from oxyray.data.mall.world import World
+
+_AGAIN_DAYS = 1.5
+
+
+@dataclass
+class Asked:
+    """Requests: who, when, where. `user_B` are rows of the block's users, `trigger_B` item numbers or -1."""
+
+    user_B: np.ndarray
+    time_B: np.ndarray
+    scenario_B: np.ndarray
+    trigger_B: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.user_B)
+
+    def __getitem__(self, rows: np.ndarray) -> Asked:
+        return Asked(self.user_B[rows], self.time_B[rows], self.scenario_B[rows], self.trigger_B[rows])
+
+
+def softmax(utility: np.ndarray) -> np.ndarray:
+    """Over the last axis; -inf is impossible. Float64."""
+    value = np.exp((utility - utility.max(-1, keepdims=True)).astype(np.float64))
+    return value / value.sum(-1, keepdims=True)
+
+
+def candidates(start_X1: np.ndarray, of_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ranges [start_X1[x], start_X1[x + 1]) as padded indices (B, X) and a mask of the real ones."""
+    first_B, length_B = start_X1[of_B], start_X1[of_B + 1] - start_X1[of_B]
+    step_X = np.arange(length_B.max())
+    mask_BX = step_X < length_B[:, None]
+    return np.where(mask_BX, first_B[:, None] + step_X, first_B[:, None]), mask_BX
+
+
+def type_utility(world: World, users: Users, memory: Memory, asked: Asked) -> np.ndarray:
+    """float32 (B, F): utility of each product type but for the persona's part, `persona_utility`."""
+    weights, days = world.weights, world.calendar
+    user_B, scenario_B = asked.user_B, asked.scenario_B
+    day_B, part_B = days.day(asked.time_B), days.part(asked.time_B)
+
+    def by(values: tuple[float, ...]) -> np.ndarray:
+        return np.array(values, np.float32)[scenario_B][:, None]
+
+    utility_BF = world.base_CF[scenario_B] + world.profile_GEF[users.gender_U[user_B], users.age_U[user_B]]
+    utility_BF += by(weights.context) * (world.context_DYF[day_B, users.city_U[user_B]] + world.part_PF[part_B])
+    utility_BF += by(weights.slow) * np.log1p(2 * memory.slow_BF)
+    utility_BF += by(weights.fast) * np.log1p(3 * memory.fast_BF)
+    utility_BF += by(weights.complement) * np.log1p(6 * memory.bought_BF @ world.complement_FF)
+    since_BF = (asked.time_B[:, None] - memory.bought_time_BF) / np.float32(DAY)
+    with np.errstate(divide="ignore", over="ignore"):
+        worn = np.where(world.durable_F > 0, -4 * np.exp(-since_BF / np.maximum(world.durable_F, 1)), 0)
+        turn_BF = since_BF / np.maximum(world.cycle_F, 1)
+        used = np.where(world.cycle_F > 0, 2.2 * np.exp(-(((np.minimum(turn_BF, 9) - 1) / 0.3) ** 2)) - 2.5 * np.exp(-turn_BF * 3), 0)
+    utility_BF += (worn + used).astype(np.float32)
+    has_B = asked.trigger_B >= 0
+    trigger_type_B = world.catalogue.type_I[asked.trigger_B]
+    return utility_BF + np.where(has_B[:, None], world.trigger_CFF[scenario_B, trigger_type_B], 0)
+
+
+def persona_utility(world: World, asked: Asked, persona_B: np.ndarray) -> np.ndarray:
+    """float32 (B, F): what the persona adds. `persona_B` may hold one persona for all."""
+    weight_B = np.array(world.weights.persona, np.float32)[asked.scenario_B]
+    return weight_B[:, None] * world.people.persona_type_ZF[persona_B]
+
+
+def shelf_utility(world: World, users: Users, memory: Memory, asked: Asked, shelf_BX: np.ndarray) -> np.ndarray:
+    """float32 (B, X): utility of shelves but for taste, `world.shelf_CKS`: brand tier against spending tier, brands known, brand of the trigger."""
+    weights, shop = world.weights, world.catalogue
+    brand_BX = shop.brand_S[shelf_BX]
+    wish_B = np.clip(users.tier_U[asked.user_B] + np.array(weights.tier_shift)[asked.scenario_B], 0, 2)
+    utility_BX = -weights.tier * (shop.brand_tier_M[brand_BX] - wish_B[:, None]) ** 2
+    known_BX = memory.brand_BM[np.arange(len(asked))[:, None], brand_BX]
+    utility_BX = utility_BX + np.array(weights.brand)[asked.scenario_B][:, None] * np.log1p(known_BX)
+    same_BX = (brand_BX == shop.brand_I[asked.trigger_B][:, None]) & (asked.trigger_B >= 0)[:, None]
+    return (utility_BX + np.array(weights.same_brand)[asked.scenario_B][:, None] * same_BX).astype(np.float32)
+
+
+def item_utility(world: World, users: Users, memory: Memory, asked: Asked, item_BX: np.ndarray) -> np.ndarray:
+    """float32 (B, X): utility of items but for taste, `world.taste_KI`; -inf outside the scenario's pool."""
+    weights, shop = world.weights, world.catalogue
+    scenario_B1, trigger_B1 = asked.scenario_B[:, None], asked.trigger_B[:, None]
+    type_BX, fit_BX = shop.type_I[item_BX], shop.fit_I[item_BX]
+    utility_BX = weights.quality * shop.quality_I[item_BX] - weights.price * (shop.price_rank_I[item_BX] - price_wish(world, users, asked)[:, None]) ** 2
+    for place in range(memory.recent_BR.shape[1]):
+        near_B = (asked.time_B - memory.recent_time_BR[:, place]) < _AGAIN_DAYS * DAY
+        again_BX = (item_BX == memory.recent_BR[:, place, None]) & near_B[:, None]
+        utility_BX = utility_BX + np.array(weights.again, np.float32)[scenario_B1] * again_BX
+    utility_BX = utility_BX - 8.0 * (item_BX == trigger_B1)
+    rows = np.arange(len(asked))[:, None]
+    bought_BX = memory.bought_item_BF[rows, type_BX] == item_BX
+    utility_BX = utility_BX + bought_BX * np.where(world.cycle_F[type_BX] > 0, 2.0, -2.0)
+    fits_BX = shop.fits_F[type_BX]
+    owned_BX = memory.owned_BH[rows, fits_BX]
+    asked_fit_B1 = np.where(trigger_B1 >= 0, shop.fit_I[trigger_B1], -1)
+    family_X = np.append(shop.fit_family_X, -1)
+    owned_BX = np.where(family_X[asked_fit_B1] == fits_BX, asked_fit_B1, owned_BX)
+    utility_BX = utility_BX + np.where((fits_BX >= 0) & (owned_BX >= 0), np.where(fit_BX == owned_BX, weights.fits, -weights.fits / 2), 0)
+    style_B = shop.style_IA[asked.trigger_B] * np.array(weights.like_trigger)[asked.scenario_B][:, None] * (asked.trigger_B >= 0)[:, None]
+    if len(item_BX) == 1:
+        utility_BX = utility_BX + style_B @ shop.style_IA[item_BX[0]].T
+    else:
+        utility_BX = utility_BX + np.einsum("ba,bxa->bx", style_B, shop.style_IA[item_BX])
+    return np.where(world.pool_CI[scenario_B1, item_BX], utility_BX, -np.inf).astype(np.float32)
+
+
+def price_wish(world: World, users: Users, asked: Asked) -> np.ndarray:
+    """(B,) Rank of price within a product type, 0..1, that suits the user in the scenario best."""
+    return np.clip(0.25 + 0.25 * (users.tier_U[asked.user_B] + np.array(world.weights.tier_shift)[asked.scenario_B]), 0.05, 0.95)
+
+
+def action_probability(
+    world: World, users: Users, memory: Memory, asked: Asked, item_BX: np.ndarray, taste_BX: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(B, X) P(cart or purchase | click) and P(purchase | cart), for `taste_BX`, the item's utility of taste (entries of `world.taste_KI`)."""
+    weights, shop = world.weights, world.catalogue
+    off_BX = (shop.price_rank_I[item_BX] - price_wish(world, users, asked)[:, None]) ** 2
+    seen_BX = np.log1p(memory.fast_BF[np.arange(len(asked))[:, None], shop.type_I[item_BX]])
+    dear_BX = np.log(shop.price_I[item_BX] / 30)
+    cart = np.array(weights.cart)[asked.scenario_B][:, None] + 0.35 * taste_BX - 2.5 * off_BX + 0.5 * seen_BX - 0.2 * dear_BX
+    purchase = np.array(weights.purchase)[asked.scenario_B][:, None] + 0.25 * taste_BX - 2.0 * off_BX - 0.25 * dear_BX
+    return 1 / (1 + np.exp(-cart.astype(np.float64))), 1 / (1 + np.exp(-purchase.astype(np.float64)))

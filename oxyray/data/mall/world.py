@@ -1,0 +1,187 @@
+"""The world of one shop: everything that does not depend on a person's past, as tables, rebuilt from (size, seed) alone.
+
+`World.make(config)` is deterministic: whoever has the configuration that stands in `truth/shop.json` can compute every probability again.
+
+Legend: F product types, S shelves, I items, C scenarios, Z personas, K tastes, D days, Y cities, P parts of the day, G genders, E age groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from oxyray.config import MallConfig
+from oxyray.data.mall import calendar, catalogue, goods, people
+from oxyray.data.mall.calendar import Calendar
+from oxyray.data.mall.catalogue import Catalogue
+from oxyray.data.mall.people import AGES, GENDERS, People
+from oxyray.errors import ConfigError
+
+SCENARIOS = ("subsidy_home", "budget_home", "subsidy_feed", "budget_feed", "cart_overlay", "checkout_addon", "search")
+HOMES, FEEDS, PATHS, SEARCH = (0, 1), (2, 3), (4, 5), 6
+
+
+@dataclass(frozen=True)
+class Size:
+    items: int
+    users: int
+    days: int
+    visits: float
+    departments: tuple[str, ...] | None = None
+    slates_of_one_in: int = 1
+
+
+SIZES = {
+    "tiny": Size(272, 180, 120, 8, goods.TINY_DEPARTMENTS),
+    "small": Size(2_700, 3_000, 365, 11),
+    "medium": Size(20_000, 20_000, 365, 11),
+    "large": Size(200_000, 200_000, 540, 11, None, 4),
+    "million": Size(1_000_000, 1_000_000, 730, 11, None, 20),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """How much each cause counts in the utilities. One entry per scenario where a tuple."""
+
+    persona: tuple[float, ...] = (1.0, 1.0, 0.7, 0.7, 0.35, 0.5, 1.0)
+    context: tuple[float, ...] = (1.0, 1.0, 0.7, 0.7, 0.3, 0.5, 1.0)
+    slow: tuple[float, ...] = (1.0, 1.0, 0.6, 0.6, 0.3, 0.4, 0.9)
+    fast: tuple[float, ...] = (1.7, 1.7, 1.0, 1.0, 0.0, 0.0, 1.5)
+    complement: tuple[float, ...] = (0.8, 0.8, 0.5, 0.5, 0.3, 0.3, 1.0)
+    brand: tuple[float, ...] = (0.7, 0.7, 0.7, 0.7, 0.5, 0.5, 0.7)
+    same_brand: tuple[float, ...] = (0.0, 0.0, 0.8, 0.8, 0.5, 0.3, 0.0)
+    like_trigger: tuple[float, ...] = (0.0, 0.0, 0.9, 0.9, 0.6, 0.3, 0.0)
+    again: tuple[float, ...] = (-0.8, -0.8, -1.6, -1.6, -2.5, -2.5, 0.4)
+    tier_shift: tuple[float, ...] = (0.5, -0.6, 0.5, -0.6, 0.0, -0.3, 0.0)
+    cart: tuple[float, ...] = (-2.6, -2.4, -2.4, -2.2, -1.5, -1.1, -1.9)
+    purchase: tuple[float, ...] = (-1.2, -1.0, -1.1, -0.9, -0.6, 0.1, -0.7)
+    taste_item: float = 2.4
+    taste_brand: float = 1.0
+    inclusive: float = 0.8
+    quality: float = 0.7
+    tier: float = 0.9
+    price: float = 5.0
+    fits: float = 3.0
+
+
+@dataclass(frozen=True)
+class World:
+    seed: int
+    size: Size
+    weights: Weights
+    catalogue: Catalogue
+    calendar: Calendar
+    people: People
+    pool_CI: np.ndarray
+    base_CF: np.ndarray
+    profile_GEF: np.ndarray
+    context_DYF: np.ndarray
+    part_PF: np.ndarray
+    trigger_CFF: np.ndarray
+    complement_FF: np.ndarray
+    durable_F: np.ndarray
+    cycle_F: np.ndarray
+    shelf_CKS: np.ndarray
+    taste_KI: np.ndarray
+
+    @staticmethod
+    def make(config: MallConfig) -> World:
+        """Raises ConfigError where the size is too small for the range of goods."""
+        plan = SIZES[config.size]
+        size = Size(config.items or plan.items, config.users or plan.users, config.days or plan.days, plan.visits, plan.departments, plan.slates_of_one_in)
+        range_ = goods.load(size.departments)
+        if size.items < 4 * len(range_):
+            raise ConfigError(f"data.mall.items: this shop has {len(range_)} product types and needs at least {4 * len(range_)} items, got {size.items}")
+        if not 14 <= size.days <= 900:
+            raise ConfigError(f"data.mall.days: must lie in 14..900, the days that the calendar of feasts covers, got {size.days}")
+        weights = Weights()
+        rng = np.random.default_rng([config.seed, 0])
+        goods_made = catalogue.build(range_, size.items, rng)
+        days = calendar.build(size.days, np.random.default_rng([config.seed, 1]))
+        people_made = people.build(range_)
+        pool_CI = pools(goods_made)
+        taste_KI = (weights.taste_item * people_made.taste_KA @ goods_made.style_IA.T).astype(np.float32)
+        return World(
+            config.seed, size, weights, goods_made, days, people_made, pool_CI,
+            _base(goods_made, pool_CI, weights, rng), _profile(range_), _context(range_, days), _parts(range_),
+            _triggers(range_), range_.complement_FF, range_.numbers("durable_days"), range_.numbers("cycle_days"),
+            _shelves(goods_made, people_made, pool_CI, taste_KI, weights), taste_KI,
+        )  # fmt: skip
+
+
+def pools(shop: Catalogue) -> np.ndarray:
+    """bool (C, I): what each scenario may show. Subsidy: brand goods well below list price; budget: the cheap part of each product type;
+    checkout: small things; overlay and search: everything."""
+    tier_I = shop.brand_tier_M[shop.brand_I]
+    subsidy_I = (tier_I >= 1) & (shop.price_I < 0.87 * shop.list_price_I)
+    budget_I = shop.price_rank_I < 0.45
+    small_I = (shop.price_I < 60) & (shop.price_rank_I < 0.8)
+    every_I = np.ones(shop.items, bool)
+    return np.stack([subsidy_I, budget_I, subsidy_I, budget_I, every_I, small_I, every_I])
+
+
+def segment_logsumexp(value_XI: np.ndarray, start_S1: np.ndarray) -> np.ndarray:
+    """(X, S): log of the sum of exp over each range of items; -inf where all are -inf. No range may be empty."""
+    top_XS = np.maximum.reduceat(value_XI, start_S1[:-1], axis=1)
+    finite_XS = np.where(np.isfinite(top_XS), top_XS, 0)
+    lengths = np.diff(start_S1)
+    with np.errstate(divide="ignore"):
+        return finite_XS + np.log(np.add.reduceat(np.exp(value_XI - np.repeat(finite_XS, lengths, axis=1)), start_S1[:-1], axis=1))
+
+
+def _base(shop: Catalogue, pool_CI: np.ndarray, weights: Weights, rng: np.random.Generator) -> np.ndarray:
+    """(C, F): how common a product type is, and what of it the scenario may show (-inf: nothing)."""
+    start = shop.item_of_shelf_S1[shop.shelf_of_type_F1]
+    value_CI = np.where(pool_CI, weights.quality * shop.quality_I, -np.inf)
+    share_CF = segment_logsumexp(value_CI, start) - segment_logsumexp((weights.quality * shop.quality_I)[None], start)
+    return (rng.normal(0, 0.35, len(shop.goods)) + share_CF).astype(np.float32)
+
+
+def _profile(range_: goods.Goods) -> np.ndarray:
+    gender_FG = range_.tag("f", "m")
+    age_FE = range_.tag("young", "young", "mid", "old") * np.array([1.0, 0.5, 1.0, 1.0], np.float32)
+    return (gender_FG.T[:, None] + age_FE.T[None]).reshape(len(GENDERS), len(AGES), len(range_)).astype(np.float32)
+
+
+def _context(range_: goods.Goods, days: Calendar) -> np.ndarray:
+    """(D, Y, F): season, feast and weather."""
+    season_DF = range_.tag(*calendar.SEASONS).T[days.season_D]
+    feast_DF = days.feast_tag_DT @ range_.tag(*calendar.FEASTS).T
+    weather_DYF = range_.tag(*calendar.CONDITIONS).T[days.condition_DY]
+    hot_DY, cold_DY = (days.temperature_DY - 24) / 8, (4 - days.temperature_DY) / 12
+    warmth_DY2 = np.clip(np.stack([hot_DY, cold_DY], -1), 0, 1.3)
+    return ((season_DF + feast_DF)[:, None] + weather_DYF + warmth_DY2 @ range_.tag(*calendar.WARMTH).T).astype(np.float32)
+
+
+def _parts(range_: goods.Goods) -> np.ndarray:
+    return range_.tag(*calendar.PARTS).T.copy()
+
+
+def _triggers(range_: goods.Goods) -> np.ndarray:
+    """(C, F, F): what a trigger of the first product type does for the second. Feeds stay near; overlay and checkout ask for complements and
+    want no second piece of the same kind."""
+    same_FF = np.eye(len(range_), dtype=np.float32)
+    aisle_F, department_F = range_.codes("aisle"), range_.codes("department")
+    near_FF = 3.0 * same_FF + 1.6 * (aisle_F[:, None] == aisle_F) + 1.0 * (department_F[:, None] == department_F)
+    beside_FF = np.log(range_.complement_FF + 0.002)
+    table = np.zeros((len(SCENARIOS), len(range_), len(range_)), np.float32)
+    table[list(FEEDS)] = near_FF
+    table[PATHS[0]] = 1.15 * beside_FF - 6 * same_FF
+    table[PATHS[1]] = 0.9 * beside_FF - 5 * same_FF
+    return table
+
+
+def _shelves(shop: Catalogue, people_made: People, pool_CI: np.ndarray, taste_KI: np.ndarray, weights: Weights) -> np.ndarray:
+    """(C, K, S): what a taste finds on a shelf (the inclusive value of its items in the pool) and thinks of its brand."""
+    brand_KS = weights.taste_brand * (people_made.taste_KA @ shop.brand_style_MA.T)[:, shop.brand_S]
+    found: dict[bytes, np.ndarray] = {}
+    rows = []
+    for pool_I in pool_CI:
+        key = np.packbits(pool_I).tobytes()
+        if key not in found:
+            value_KI = np.where(pool_I, weights.quality * shop.quality_I + taste_KI, -np.inf)
+            found[key] = (weights.inclusive * segment_logsumexp(value_KI, shop.item_of_shelf_S1) + brand_KS).astype(np.float32)
+        rows.append(found[key])
+    return np.stack(rows)
