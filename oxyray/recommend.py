@@ -5,21 +5,20 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from oxyray.config import Config, RecommendConfig, from_dict
+from oxyray.config import ModelConfig, RecommendConfig
 from oxyray.data.prepared import Prepared
 from oxyray.data.requests import request_segments, timeline
 from oxyray.errors import DataError
-from oxyray.files import read_json
 from oxyray.generate.engine import Generator
 from oxyray.model.inputs import Inputs
 from oxyray.model.saved import read_model
 from oxyray.run import Run
 
 _SHOWN_HISTORY = 8
+_CATEGORIES = ("category_1", "category_2", "category_3")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,9 @@ class Recommendations:
     milliseconds: float
 
     def __str__(self) -> str:
-        lines = [f"user {self.user} at {self.scenario}" + (f", looking at {self.trigger.item_id} {self.trigger.title}" if self.trigger else "")]
+        lines = [
+            f"user {self.user} at {self.scenario}" + (f", looking at {self.trigger.item_id} {self.trigger.title}" if self.trigger else "")
+        ]
         lines += ["", "recently"] + ([_line("", shown) for shown in self.recent] or ["  nothing yet"])
         lines += ["", f"recommended ({self.milliseconds:.0f} ms)"]
         lines += [_line(f"{place}.", shown) for place, shown in enumerate(self.items, 1)]
@@ -62,7 +63,7 @@ def _line(place: str, shown: Shown) -> str:
 class Recommender:
     """A trained run, ready to answer. Loading reads the data, the catalogue and the exported model; answering needs torch alone."""
 
-    def __init__(self, inputs: Inputs, generator: Generator, config: Any) -> None:
+    def __init__(self, inputs: Inputs, generator: Generator, config: ModelConfig) -> None:
         self.inputs, self.generator, self._model = inputs, generator, config
         self.prepared: Prepared = inputs.prepared
         self._collate = inputs.collator(config)
@@ -70,23 +71,30 @@ class Recommender:
 
     @classmethod
     def load(cls, run: str | Path, device: str = "cpu") -> Recommender:
-        """From a run folder that `oxyray run` (or `prepare`, `sid`, `pretrain`) has filled. Raises RunError naming the stage that is missing."""
+        """From a run folder that `oxyray run` (or `prepare`, `sid`, `pretrain`) has filled. Raises RunError naming the stage that is
+        missing."""
         place = Run(run)
         inputs = Inputs.load(place)
         policy, tables = read_model(place.need("pretrain", "model", stage="pretrain"), inputs, device)
-        generate = from_dict(Config, read_json(place.need("config.json", stage="run"))).generate
+        generate = place.config().generate
         beams = min(generate.beams, inputs.catalog.index.leaves)
         generator = Generator(policy, tables.lookup, inputs.catalog.index, inputs.prepared.train_counts_I(), beams, generate.normalise)
         return cls(inputs, generator, policy.config)
 
     def recommend(
-        self, user: str | None, scenario: str | None = None, trigger: str | None = None, k: int = 10, include_seen: bool = True, at: int | None = None
+        self,
+        user: str | None,
+        scenario: str | None = None,
+        trigger: str | None = None,
+        k: int = 10,
+        include_seen: bool = True,
+        at: int | None = None,
     ) -> Recommendations:
         """The best `k` items for a user in a scenario, after all of the user's events.
 
-        `user` None is a newcomer without history; `scenario` None is the user's last one (a newcomer's: the shop's first); `at` is the time of the request in
-        the data's unit (None: just after the last event); `include_seen=False` leaves out items of the user's history. Raises DataError on an
-        unknown user, scenario or trigger item, GenerationError on an empty pool.
+        `user` None is a newcomer without history; `scenario` None is the user's last one (a newcomer's: the shop's first); `at` is the time
+        of the request in the data's unit (None: just after the last event); `include_seen=False` leaves out items of the user's history.
+        Raises DataError on an unknown user, scenario or trigger item, GenerationError on an empty pool.
         """
         if k < 1:
             raise DataError(f"k must be at least 1, got {k}")
@@ -104,7 +112,10 @@ class Recommender:
         real = found.item_BR[0] >= 0
         items = [self._shown(int(i), float(s)) for i, s in zip(found.item_BR[0][real], found.score_BR[0][real], strict=True)]
         actions = self.prepared.meta.actions
-        recent = [self._shown(int(past["item"][e]), None, actions[past["action"][e]]) for e in range(len(past["item"]))[: -_SHOWN_HISTORY - 1 : -1]]
+        recent = [
+            self._shown(int(past["item"][e]), None, actions[past["action"][e]])
+            for e in range(len(past["item"]))[: -_SHOWN_HISTORY - 1 : -1]
+        ]
         looking = None if trigger is None else self._shown(self.prepared.item_index(trigger), None)
         return Recommendations("(new)" if user is None else user, name, looking, recent, items, milliseconds)
 
@@ -123,13 +134,23 @@ class Recommender:
     def _ask(self, past: dict[str, np.ndarray], user: int, scenario: int, trigger: int, at: int | None) -> dict[str, np.ndarray]:
         """The user's past with one more event behind it: the request (its item is never read)."""
         last = int(past["time"][-1]) if len(past["time"]) else 0
-        new = {"user": user, "item": 0, "time": last + 1 if at is None else at, "action": 0, "scenario": scenario, "request": -1, "trigger": trigger, "split": 2}
+        new = {
+            "user": user,
+            "item": 0,
+            "time": last + 1 if at is None else at,
+            "action": 0,
+            "scenario": scenario,
+            "request": -1,
+            "trigger": trigger,
+            "split": 2,
+        }
         return {name: np.append(past[name], value).astype(np.int64) for name, value in new.items()}
 
     def _shown(self, item: int, score: float | None, note: str = "") -> Shown:
-        row = {name: self.prepared.items[name][item].as_py() for name in ("item_id", "title", "price", "category_1", "category_2", "category_3")
-               if name in self.prepared.items.column_names}  # fmt: skip
-        categories = [str(row[name]) for name in ("category_1", "category_2", "category_3") if row.get(name)]
+        items = self.prepared.items
+        wanted = ("item_id", "title", "price", *_CATEGORIES)
+        row = {name: items[name][item].as_py() for name in wanted if name in items.column_names}
+        categories = [str(row[name]) for name in _CATEGORIES if row.get(name)]
         return Shown(row["item_id"], row.get("title") or "", score, note or " > ".join(categories), row.get("price"))
 
 

@@ -1,19 +1,19 @@
 """A batch: stretches of users' histories and the requests asked along them, as jagged tensors.
-
-One *segment* is a stretch of one user's events in time order. One *query* is a request at a point of that stretch: it sees the user's profile and
-the first `visible` events of its segment, never its own event or a later one. Training asks a query at every event of a segment in one pass;
-serving asks one query behind the last event. So training, evaluation, rollouts and serving share one form.
+ One *segment* is a stretch of one user's events in time order. One *query* is a request at a point of that stretch: it sees the user's
+profile and the first `visible` events of its segment, never its own event or a later one. Training asks a query at every event of a segment
+in one pass; serving asks one query behind the last event. So training, evaluation, rollouts and serving share one form.
 
 Item features travel in an `ItemBlock`: the batch's item indices point into it, not into the catalogue. With the tied head the block is the
 whole catalogue; else the batch's distinct items.
-
-Legend: B segments, N history events of all segments, Q queries, U items of the block, L SID levels, C side features, F text width, P profile columns.
+ Legend: B segments, N history events of all segments, Q queries, U items of the block, L SID levels, C side features, F text width, P
+profile columns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +31,14 @@ class ItemBlock:
     text_UF: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ItemBlock:
-        return ItemBlock(**{f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self)})
+        text_UF = None if self.text_UF is None else self.text_UF.to(device)
+        return ItemBlock(self.ids_U.to(device), self.codes_UL.to(device), self.side_UC.to(device), text_UF)
 
 
 @dataclass
 class Batch:
-    """Offsets are cumulative with a leading 0. Every `item` and `trigger` is an index into `items` (-1: none). `target_Q` is -1 when serving."""
+    """Offsets are cumulative with a leading 0. Every `item` and `trigger` is an index into `items` (-1: none). `target_Q` is -1 when
+    serving."""
 
     items: ItemBlock
     user_B: Tensor
@@ -60,7 +62,8 @@ class Batch:
         return {"item": self.items.ids_U, "user": self.user_B}
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{f.name: (v.to(device) if isinstance(v := getattr(self, f.name), (ItemBlock, Tensor)) else v) for f in dataclasses.fields(self)})
+        moved: dict[str, Any] = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
+        return Batch(**moved)
 
     @property
     def segments(self) -> int:
@@ -82,10 +85,6 @@ def pad_index(offset_B1: Tensor) -> tuple[Tensor, Tensor]:
     step_S = torch.arange(width, device=offset_B1.device)
     mask_BS = step_S[None] < length_B[:, None]
     return torch.where(mask_BS, offset_B1[:-1, None] + step_S[None], 0), mask_BS
-
-
-def _move(value: Tensor | None, device: torch.device | str) -> Tensor | None:
-    return None if value is None else value.to(device)
 
 
 def offsets(lengths: np.ndarray) -> Tensor:

@@ -1,7 +1,7 @@
 """Events of one part to requests: who asked, what could be known then, what was taken.
-
-The one rule about time lives here. A request becomes history when it is over (its last event's time); a request may see those requests of its user that
-were over when it began, and never itself. On data without request ids each event is a request of its own, and equal times keep their stored order.
+ The one rule about time lives here. A request becomes history when it is over (its last event's time); a request may see those requests of
+its user that were over when it began, and never itself. On data without request ids each event is a request of its own, and equal times
+keep their stored order.
 
 Legend: E events of a part, B segments.
 """
@@ -17,8 +17,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Timeline:
-    """A part's events ordered by (user, end of request, request). `visible_E` counts the user's events that the event's request may see: always the first
-    ones from `user_start_E`."""
+    """A part's events ordered by (user, end of request, request). `visible_E` counts the user's events that the event's request may see:
+    always the first ones from `user_start_E`."""
 
     user_E: Array
     item_E: Array
@@ -37,7 +37,8 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Segments:
-    """History events `start_B : start_B + length_B` and queries `query_start_B : query_start_B + query_length_B`, both ranges of one Timeline."""
+    """History events `start_B : start_B + length_B` and queries `query_start_B : query_start_B + query_length_B`, both ranges of one
+    Timeline."""
 
     start_B: Array
     length_B: Array
@@ -52,7 +53,8 @@ class Segments:
 
 
 def timeline(events: dict[str, Array], splits: tuple[int, ...] = (0, 1, 2)) -> Timeline:
-    """Order a part's events (`Prepared.events(part)`) and find what each may see. Events of other splits than `splits` are left out altogether."""
+    """Order a part's events (`Prepared.events(part)`) and find what each may see. Events of other splits than `splits` are left out
+    altogether."""
     keep = np.isin(events["split"], splits)
     column = {name: events[name][keep] for name in ("user", "item", "time", "action", "scenario", "request", "trigger", "split")}
     begin_E, end_E = _request_times(column["user"], column["request"], column["time"])
@@ -78,7 +80,8 @@ def timeline(events: dict[str, Array], splits: tuple[int, ...] = (0, 1, 2)) -> T
 
 
 def training_segments(time: Timeline, history: int, one_query: bool = False) -> Segments:
-    """Segments that ask every event of the timeline once, each seeing up to `history` and, where the user has them, at least half as many events.
+    """Segments that ask every event of the timeline once, each seeing up to `history` and, where the user has them, at least half as many
+    events.
 
     With `one_query` each query has a segment of its own (needed by an encoder that is not causal).
     """

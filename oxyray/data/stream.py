@@ -1,8 +1,7 @@
 """Training data as a stream of optimizer steps.
-
-The plan of an epoch (which segments form which step) depends on the seed and the epoch alone. Workers and micro-batches take slices of a step, so the
-sample order is the same for any number of them, and a run resumes from two numbers, `{"epoch", "step"}`, without repeating or losing a step. One part
-file is in memory at a time.
+ The plan of an epoch (which segments form which step) depends on the seed and the epoch alone. Workers and micro-batches take slices of a
+step, so the sample order is the same for any number of them, and a run resumes from two numbers, `{"epoch", "step"}`, without repeating or
+losing a step. One part file is in memory at a time.
 """
 
 from __future__ import annotations
@@ -55,13 +54,22 @@ class Collator:
         items, (item_N, trigger_Q, target_Q) = self._localise(item_N, trigger_Q, target_Q)
         return Batch(
             items=items,
-            user_B=_long(user_B), profile_BP=_long(self.profile_UP[user_B]),
-            item_N=_long(item_N), action_N=_long(time.action_E[event_N]), scenario_N=_long(time.scenario_E[event_N]), time_N=_long(time.asked_E[event_N]),
-            history_offset=offsets(segments.length_B), query_offset=offsets(segments.query_length_B),
+            user_B=_long(user_B),
+            profile_BP=_long(self.profile_UP[user_B]),
+            item_N=_long(item_N),
+            action_N=_long(time.action_E[event_N]),
+            scenario_N=_long(time.scenario_E[event_N]),
+            time_N=_long(time.asked_E[event_N]),
+            history_offset=offsets(segments.length_B),
+            query_offset=offsets(segments.query_length_B),
             visible_Q=_long(np.maximum(time.user_start_E[query_Q] + time.visible_E[query_Q] - start_Q, 0)),
-            scenario_Q=_long(time.scenario_E[query_Q]), trigger_Q=_long(trigger_Q), time_Q=_long(time.asked_E[query_Q]), target_Q=_long(target_Q),
-            action_Q=_long(time.action_E[query_Q]), weight_Q=torch.from_numpy(self.weight_A[time.action_E[query_Q]].astype(np.float32)),
-        )  # fmt: skip
+            scenario_Q=_long(time.scenario_E[query_Q]),
+            trigger_Q=_long(trigger_Q),
+            time_Q=_long(time.asked_E[query_Q]),
+            target_Q=_long(target_Q),
+            action_Q=_long(time.action_E[query_Q]),
+            weight_Q=torch.from_numpy(self.weight_A[time.action_E[query_Q]].astype(np.float32)),
+        )
 
     def _localise(self, *indices: Array) -> tuple[ItemBlock, tuple[Array, ...]]:
         if self.whole_catalogue:
@@ -75,8 +83,17 @@ class Collator:
 class SegmentStream:
     """Steps of about `targets_per_step` queries each. `position` is the next step to be taken."""
 
-    def __init__(self, prepared: Prepared, collate: Collator, *, history: int, targets_per_step: int, seed: int, one_query: bool = False,
-                 overfit_steps: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        prepared: Prepared,
+        collate: Collator,
+        *,
+        history: int,
+        targets_per_step: int,
+        seed: int,
+        one_query: bool = False,
+        overfit_steps: int = 0,
+    ) -> None:
         self.prepared, self.collate, self.seed = prepared, collate, seed
         self.history, self.targets_per_step, self.one_query, self.overfit_steps = history, targets_per_step, one_query, overfit_steps
         self.position = {"epoch": 0, "step": 0}
@@ -89,7 +106,8 @@ class SegmentStream:
             self._steps = sum(self._part_steps(part) for part in range(self.prepared.parts))
             if self._steps == 0:
                 raise DataError(
-                    f"{self.prepared.meta.name}: no training events after the split; give more data or smaller data.valid_share and data.test_share"
+                    f"{self.prepared.meta.name}: no training events after the split; "
+                    "give more data, or smaller data.valid_share and data.test_share"
                 )
         return min(self._steps, self.overfit_steps) if self.overfit_steps else self._steps
 
@@ -100,7 +118,8 @@ class SegmentStream:
         self.position = {"epoch": int(state["epoch"]), "step": int(state["step"])}
 
     def batches(self, rank: int = 0, world: int = 1, micro_batches: int = 1) -> Iterator[list[Batch]]:
-        """Endless: from `position` on, this rank's micro-batches of each step. A slice may be empty of queries when a step has few segments."""
+        """Endless: from `position` on, this rank's micro-batches of each step. A slice may be empty of queries when a step has few
+        segments."""
         while True:
             for step, (time, segments) in enumerate(self._epoch(self.position["epoch"])):
                 if step < self.position["step"]:
@@ -125,7 +144,8 @@ class SegmentStream:
                 yield time, segments.take(rows)
 
     def _plan(self, segments: Segments, random: np.random.Generator) -> Iterator[Array]:
-        """Rows of each step: segments of like length together (little padding), with noise so that no two epochs pair alike, steps shuffled."""
+        """Rows of each step: segments of like length together (little padding), with noise so that no two epochs pair alike, steps
+        shuffled."""
         size = segments.query_length_B
         order = np.argsort(np.maximum(segments.length_B, size) * random.uniform(0.75, 1.3, len(size)), kind="stable")
         steps = self._steps_of(int(size.sum()))

@@ -1,7 +1,6 @@
 """Beam search over the prefix index: exact for any ragged fan-out, legal by construction (paper 3.2).
-
-Each step scores only the children of the live beams. A beam is a node of the index, so an illegal prefix cannot be written down. A pool is a mask over
-nodes: a node is legal when an item below it is in the pool.
+ Each step scores only the children of the live beams. A beam is a node of the index, so an illegal prefix cannot be written down. A pool is
+a mask over nodes: a node is legal when an item below it is in the pool.
 
 Legend: B requests, K beams, L levels, M = B*K states, P (state, child) pairs, n_l nodes of level l, D width.
 """
@@ -21,7 +20,8 @@ from oxyray.model.policy import Decoding, Policy, Rows
 
 @dataclass(frozen=True)
 class Beams:
-    """`leaf_BK`: leaves of the index (distinct SIDs), best first, -1 where a pool has fewer than K; `logprob_BK`: their log-probability (-inf there)."""
+    """`leaf_BK`: leaves of the index (distinct SIDs), best first, -1 where a pool has fewer than K; `logprob_BK`: their log-probability
+    (-inf there)."""
 
     leaf_BK: Tensor
     logprob_BK: Tensor
@@ -59,7 +59,9 @@ def beam_search(policy: Policy, batch: Batch, rows: Rows, beams: int, pool: Pool
     root_M = torch.zeros(requests, dtype=torch.long, device=decoding.hidden_BKD.device)
     logprob_BK, node_BK = decoding.hidden_BKD.new_zeros(requests, 1), root_M[:, None]
     for level in range(tree.levels):
-        first_M, count_M = (root_M, root_M + len(tree.code(0))) if level == 0 else tree.children_of(level - 1, node_BK.clamp(min=0).flatten())
+        first_M, count_M = (
+            (root_M, root_M + len(tree.code(0))) if level == 0 else tree.children_of(level - 1, node_BK.clamp(min=0).flatten())
+        )
         count_M = torch.where(node_BK.flatten() >= 0, count_M, 0)
         state_P, child_P = spread(first_M, count_M)
         if pool is not None:
@@ -86,11 +88,12 @@ def _score(policy: Policy, decoding: Decoding, level: int, state_P: Tensor, chil
         return logit_P - ragged_logsumexp(logit_P, state_P, len(hidden_MD))[state_P]
     if policy.head.tied:
         raise GenerationError("generate.normalise=vocabulary needs model.head=codes: the tied head scores children only")
-    return logit_P - torch.logsumexp(hidden_MD @ policy.head.own[level].weight.T, dim=-1)[state_P]
+    return logit_P - torch.logsumexp(hidden_MD @ policy.head.own[level].T, dim=-1)[state_P]
 
 
 def _best(score_P: Tensor, request_P: Tensor, requests: int, beams: int) -> tuple[Tensor, Tensor]:
-    """Top pairs of each request: scores (B, K) and pair numbers (B, K), -inf and -1 where a request has fewer. Pairs are in request order."""
+    """Top pairs of each request: scores (B, K) and pair numbers (B, K), -inf and -1 where a request has fewer. Pairs are in request
+    order."""
     count_B = torch.bincount(request_P, minlength=requests)
     width = int(count_B.max()) if len(score_P) else 0
     offset_B = torch.cumsum(count_B, 0) - count_B

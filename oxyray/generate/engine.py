@@ -1,7 +1,6 @@
 """Requests to items: batches of requests through beam search, SIDs resolved to items.
-
-A SID that several items share gives all of them, next to each other: more training events first, then the smaller item index. That is the stated
-tie-break; item-level metrics stand on it.
+ A SID that several items share gives all of them, next to each other: more training events first, then the smaller item index. That is the
+stated tie-break; item-level metrics stand on it.
 
 Legend: B requests, K beams, R items a request, I items of the catalogue.
 """
@@ -34,7 +33,8 @@ class Generated:
 
 
 class Generator:
-    """A policy, the rows of its tables and a catalogue's index, ready to answer requests. `order_I` is the tie-break: larger comes first."""
+    """A policy, the rows of its tables and a catalogue's index, ready to answer requests. `order_I` is the tie-break: larger comes
+    first."""
 
     def __init__(
         self, policy: Policy, lookup: Lookup, index: PrefixIndex, order_I: np.ndarray, beams: int, normalise: str = "children"

@@ -1,15 +1,15 @@
 """Decoder over `BOS, instruction, s1..sL`, cross-attending to the encoder's memory.
-
-Two ways through the same weights, held equal by a test. `forward` runs all queries of a batch with teacher forcing. `start` and `advance` decode K beams
-a request: cross-attention keys and values are made once a request and never expanded; the prompt's keys and values are shared by all beams; each beam
-owns only those of its generated tokens, gathered by ancestry.
-
-Legend: B segments or requests, Q queries, P queries a segment (padded), T decoder tokens, K beams, S memory slots, H heads, E head width, D width.
+ Two ways through the same weights, held equal by a test. `forward` runs all queries of a batch with teacher forcing. `start` and `advance`
+decode K beams a request: cross-attention keys and values are made once a request and never expanded; the prompt's keys and values are
+shared by all beams; each beam owns only those of its generated tokens, gathered by ancestry.
+ Legend: B segments or requests, Q queries, P queries a segment (padded), T decoder tokens, K beams, S memory slots, H heads, E head width,
+D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -72,7 +72,8 @@ class DecoderLayer(nn.Module):
         return rotate(key, memory.position_BS), value
 
     def step(self, x_BKD: Tensor, state: BeamState, mask_BS: Tensor, position_B1: Tensor) -> Tensor:
-        """One generated token for each of K beams; `state.own` already holds the ancestors' tokens in beam order and receives this one's."""
+        """One generated token for each of K beams; `state.own` already holds the ancestors' tokens in beam order and receives this
+        one's."""
         normed = self.norm_self(x_BKD)
         query_BHKE = self.self_attention.query(normed)
         key, value = (part[:, :, :, None] for part in self.self_attention.key_value(normed))
@@ -103,10 +104,13 @@ class Decoder(nn.Module):
             x_QTD = layer(x_QTD, memory)
         return self.norm(x_QTD)
 
+    def _layers(self) -> list[DecoderLayer]:
+        return cast(list[DecoderLayer], list(self.layers))
+
     def start(self, prompt_BTD: Tensor, memory: Memory) -> tuple[Tensor, list[BeamState]]:
         """Run the prompt of requests with one query each: the last token's hidden state (B, D) and the caches to `advance` from."""
         x, states = prompt_BTD, []
-        for layer in self.layers:
+        for layer in self._layers():
             prompt = layer.self_attention.key_value(layer.norm_self(x))
             states.append(BeamState(layer.cross_key_value(memory), prompt, None))
             x = layer(x, memory)
@@ -114,7 +118,7 @@ class Decoder(nn.Module):
 
     def advance(self, x_BKD: Tensor, states: list[BeamState], memory: Memory, origin_BK: Tensor | None) -> Tensor:
         """Feed one token to K beams that continue beams `origin_BK` of the last step: hidden states (B, K, D)."""
-        for layer, state in zip(self.layers, states, strict=True):
+        for layer, state in zip(self._layers(), states, strict=True):
             if state.own is not None and origin_BK is not None:
                 state.own = (_follow(state.own[0], origin_BK), _follow(state.own[1], origin_BK))
             x_BKD = layer.step(x_BKD, state, memory.visible_BPS[:, 0], memory.position_BP[:, :1])

@@ -1,4 +1,5 @@
-"""Encoder over a user's profile and history: one token an event, one pass a segment (paper 2.3.3; causal, so that every event can be a training target).
+"""Encoder over a user's profile and history: one token an event, one pass a segment (paper 2.3.3; causal, so that every event can be a
+training target).
 
 Legend: B segments, S memory slots (slot 0 is the profile, slot s the s-th event), D width.
 """
@@ -35,7 +36,8 @@ class Encoder(nn.Module):
         self.norm = RMSNorm(config.width)
 
     def forward(self, x_BSD: Tensor, position_BS: Tensor, real_BS: Tensor) -> Tensor:
-        """Memory (B, S, D). Padding stands behind the real tokens, so a causal mask hides it by itself; else `real_BS` masks it as a key."""
+        """Memory (B, S, D). Padding stands behind the real tokens, so a causal mask hides it by itself; else `real_BS` masks it as a
+        key."""
         mask = None if self.causal else real_BS[:, None, None, :]
         for layer in self.layers:
             x_BSD = layer(x_BSD, position_BS, mask, self.causal)

@@ -1,8 +1,8 @@
 """What scores the next code: a vector for every node of the prefix index.
-
-`codes`: a node's vector is its code's own output vector, one per level and code (the level-aware head of the field). `tied`: the mean of the input
-vectors of the items below the node is added to it, so that what is learned of an item at the input is used at the output at once; this needs every
-item's vector in each step. Probabilities are over a prefix's children (what training and decoding of `tied` use) or over the level's whole vocabulary.
+ `codes`: a node's vector is its code's own output vector, one per level and code (the level-aware head of the field). `tied`: the mean of
+the input vectors of the items below the node is added to it, so that what is learned of an item at the input is used at the output at once;
+this needs every item's vector in each step. Probabilities are over a prefix's children (what training and decoding of `tied` use) or over
+the level's whole vocabulary.
 
 Legend: M hidden states, P (state, child) pairs, I items, n_l nodes of level l, D width.
 """
@@ -31,6 +31,7 @@ class Tree(nn.Module):
         leaf_N = np.repeat(np.arange(index.leaves), np.diff(index.leaf_offset))
         path_IL = np.zeros((int(index.leaf_items.max()) + 1, index.levels), dtype=np.int64)
         path_IL[index.leaf_items] = index.node_path(leaf_N)
+        self.path_IL: Tensor
         self._put("path_IL", path_IL)
 
     def _put(self, name: str, values: np.ndarray) -> None:
@@ -52,13 +53,11 @@ class Head(nn.Module):
     def __init__(self, width: int, levels: int, codes: int, tied: bool) -> None:
         super().__init__()
         self.tied = tied
-        self.own = nn.ModuleList(nn.Embedding(codes, width) for _ in range(levels))
-        for table in self.own:
-            nn.init.normal_(table.weight, std=0.02)
+        self.own = nn.ParameterList(torch.randn(codes, width) * 0.02 for _ in range(levels))
 
     def node_vectors(self, tree: Tree, item_ID: Tensor | None) -> list[Tensor]:
         """Output vectors of all nodes, level by level: (n_l, D) each. `item_ID` are all items' vectors (tied only)."""
-        own = [table(tree.code(level)) for level, table in enumerate(self.own)]
+        own = [vectors_VD[tree.code(level)] for level, vectors_VD in enumerate(self.own)]
         if not self.tied or item_ID is None:
             return own
         total_nD = item_ID

@@ -1,4 +1,5 @@
-"""What the data and the catalogue of a run give to its policy: item features, sizes, batches. One place, so that training, evaluation and serving agree."""
+"""What the data and the catalogue of a run give to its policy: item features, sizes, batches. One place, so that training, evaluation and
+serving agree."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class Inputs:
 
     @classmethod
     def load(cls, run: Run, version: str | None = None) -> Inputs:
-        """Read `RUN/data` and `RUN/sid`. Raises RunError naming the missing stage, CatalogueError where items and SIDs do not fit or the catalogue is
-        not of `version`."""
+        """Read `RUN/data` and `RUN/sid`. Raises RunError naming the missing stage, CatalogueError where items and SIDs do not fit or the
+        catalogue is not of `version`."""
         prepared = Prepared.load(run.need("data", stage="prepare"))
         catalog = Catalog.load(run.need("sid", "catalog", stage="sid"), version)
         if list(catalog.item_ids) != prepared.items["item_id"].to_pylist():
@@ -44,7 +45,9 @@ class Inputs:
     @cached_property
     def features(self) -> ItemFeatures:
         text = None if self.text_IF is None else torch.from_numpy(np.array(self.text_IF, dtype=np.float32))
-        return ItemFeatures(torch.from_numpy(self.catalog.codes_IL.astype(np.int64)), torch.from_numpy(self.prepared.side_IC.astype(np.int64)), text)
+        return ItemFeatures(
+            torch.from_numpy(self.catalog.codes_IL.astype(np.int64)), torch.from_numpy(self.prepared.side_IC.astype(np.int64)), text
+        )
 
     @cached_property
     def vocab(self) -> Vocab:

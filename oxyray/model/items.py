@@ -17,7 +17,8 @@ from oxyray.model.layers import RMSNorm, Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Vocab:
-    """Sizes that the data fixes: what a saved model was built for. `clock` says that times are seconds, so hour, month and gaps mean something."""
+    """Sizes that the data fixes: what a saved model was built for. `clock` says that times are seconds, so hour, month and gaps mean
+    something."""
 
     items: int
     users: int

@@ -22,7 +22,8 @@ class RMSNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose CPU mask costs one random byte an element (drawing a Bernoulli there takes ten times as long). The CPU rate is a multiple of 1/256."""
+    """Dropout whose CPU mask costs one random byte an element (drawing a Bernoulli there takes ten times as long). The CPU rate is a
+    multiple of 1/256."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()

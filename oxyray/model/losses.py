@@ -36,7 +36,8 @@ def vocabulary_nll(hidden_QD: Tensor, vector_VD: Tensor, target_Q: Tensor, smoot
 
 
 def item_nll(query_QD: Tensor, item_UD: Tensor, target_Q: Tensor, negatives: int) -> Tensor:
-    """Item-level softmax: over all U items, or over the target and `negatives` uniformly drawn items with the log of the sampling rate corrected: (Q,).
+    """Item-level softmax: over all U items, or over the target and `negatives` uniformly drawn items with the log of the sampling rate
+    corrected: (Q,).
 
     An accidental draw of the target itself is masked out.
     """

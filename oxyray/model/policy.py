@@ -1,9 +1,8 @@
 """The policy: from a batch and its looked-up rows to losses, or to the state that beam search advances (paper 2.3).
-
-It never looks a row up itself: `policy(batch, rows)` gets the rows of `batch.lookups()`, wherever the tables live. It knows the catalogue only as the
-prefix index it is bound to.
-
-Legend: B segments, N history events, Q queries, P queries a segment (padded), S memory slots, T decoder tokens, K beams, U items of the batch, L levels, D width.
+ It never looks a row up itself: `policy(batch, rows)` gets the rows of `batch.lookups()`, wherever the tables live. It knows the catalogue
+only as the prefix index it is bound to.
+ Legend: B segments, N history events, Q queries, P queries a segment (padded), S memory slots, T decoder tokens, K beams, U items of the
+batch, L levels, D width.
 """
 
 from __future__ import annotations
@@ -44,13 +43,15 @@ class Policy(nn.Module):
         super().__init__()
         if (index.levels, index.width) != (vocab.levels, vocab.width):
             raise CatalogueError(
-                f"the model is built for SIDs of {vocab.levels} levels of {vocab.width} codes, the catalogue has {index.levels} of {index.width}"
+                f"the model is built for SIDs of {vocab.levels} levels of {vocab.width} codes, "
+                f"the catalogue has {index.levels} of {index.width}"
             )
         D = config.width
         self.config, self.vocab, self.tree = config, vocab, Tree(index)
         self.items = ItemEncoder(config, vocab)
         self.action, self.event_scenario = nn.Embedding(vocab.actions, D), nn.Embedding(vocab.scenarios, D)
-        self.clock, self.event_gap = (Clock(D), nn.Embedding(Clock.GAPS, D)) if vocab.clock else (None, None)
+        self.clock = Clock(D) if vocab.clock else None
+        self.event_gap = nn.Embedding(Clock.GAPS, D) if vocab.clock else None
         self.profile = nn.ModuleList(nn.Embedding(size, D) for size in vocab.profile)
         self.user = nn.Linear(config.row_dim, D, bias=False) if config.user_table else None
         self.profile_base = nn.Parameter(torch.zeros(D))
@@ -86,7 +87,7 @@ class Policy(nn.Module):
 
     def _level_nll(self, hidden_QTD: Tensor, vectors: list[Tensor], item_Q: Tensor, codes_QL: Tensor) -> list[Tensor]:
         if not self.head.tied:
-            return [vocabulary_nll(hidden_QTD[:, level], self.head.own[level].weight, codes_QL[:, level], self.config.label_smoothing)
+            return [vocabulary_nll(hidden_QTD[:, level], self.head.own[level], codes_QL[:, level], self.config.label_smoothing)
                     for level in range(self.vocab.levels)]  # fmt: skip
         path_QL = self.tree.path_IL[item_Q]
         nll = [vocabulary_nll(hidden_QTD[:, 0], vectors[0], path_QL[:, 0], self.config.label_smoothing)]

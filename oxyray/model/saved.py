@@ -1,7 +1,7 @@
-"""The exported model, `RUN/pretrain/model/`: `policy.safetensors`, `tables.safetensors`, `model.json`. All that serving needs beside data and catalogue.
-
-`model.json` says what the weights were trained for: the model's configuration, the sizes of its vocabulary, the catalogue's version, the data's
-fingerprint, the step. Reading it back checks each against the run it is read into.
+"""The exported model, `RUN/pretrain/model/`: `policy.safetensors`, `tables.safetensors`, `model.json`. All that serving needs beside data
+and catalogue.
+ `model.json` says what the weights were trained for: the model's configuration, the sizes of its vocabulary, the catalogue's version, the
+data's fingerprint, the step. Reading it back checks each against the run it is read into.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def write_model(folder: Path, weights: Mapping[str, Tensor], about: dict[str, An
 
 
 def read_model(folder: Path, inputs: Inputs, device: torch.device | str = "cpu") -> tuple[Policy, PlainTables]:
-    """The policy in eval mode and its tables. Raises CatalogueError when it was trained with another catalogue or for other sizes, RunError when a
-    file is missing or damaged."""
+    """The policy in eval mode and its tables. Raises CatalogueError when it was trained with another catalogue or for other sizes, RunError
+    when a file is missing or damaged."""
     about = read_json(folder / "model.json")
     if about["catalogue"] != inputs.catalog.version:
         raise CatalogueError(

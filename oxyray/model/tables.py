@@ -1,9 +1,8 @@
 """Embedding tables as plain tensors: what serving, rollouts and evaluation read, and the file form that training writes.
-
-The policy never looks a row up: it is given the rows of `batch.lookups()`. In training they come from sharded tables (`oxyray.train.sparse`), elsewhere
-from `PlainTables`, which needs nothing but torch. Choices: a row's first value depends on seed, table name and row number alone, so it is the same for any
-number of shards; an id below 0 means "none" and gives a row of zeros; files are safetensors, written block by block, so that a table larger than memory
-can be exported.
+ The policy never looks a row up: it is given the rows of `batch.lookups()`. In training they come from sharded tables
+(`oxyray.train.sparse`), elsewhere from `PlainTables`, which needs nothing but torch. Choices: a row's first value depends on seed, table
+name and row number alone, so it is the same for any number of shards; an id below 0 means "none" and gives a row of zeros; files are
+safetensors, written block by block, so that a table larger than memory can be exported.
 
 Legend: n ids, D row width.
 """
@@ -85,7 +84,8 @@ class PlainTables:
                 writer.write(name, table)
 
     def lookup(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rows (n, D) of each table for ids (n,); ids of a table that this model lacks are passed over. Raises DataError on an id behind the end."""
+        """Rows (n, D) of each table for ids (n,); ids of a table that this model lacks are passed over. Raises DataError on an id behind
+        the end."""
         found = {}
         for name, ids_n in ids.items():
             if name in self.tables:
@@ -103,7 +103,8 @@ def take_rows(rows_mD: Tensor, index_n: Tensor) -> Tensor:
 
 
 class TensorWriter:
-    """Writes a safetensors file in pieces: each tensor's rows in order, tensors in the order of `shapes`. It is as large as it says, or an error."""
+    """Writes a safetensors file in pieces: each tensor's rows in order, tensors in the order of `shapes`. It is as large as it says, or an
+    error."""
 
     def __init__(self, path: str | Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         self.path, self._left, begin, header = Path(path), {}, 0, {}

@@ -1,14 +1,13 @@
 """The rule about time, against brute force on random events; and the step plan: complete, independent of workers, resumable."""
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oxyray.data.requests import request_segments, timeline, training_segments
 from oxyray.data.stream import Collator, ItemFeatures, SegmentStream
 from tests.model.toys import Toy
-
-import torch
 
 
 @st.composite
@@ -17,8 +16,16 @@ def events(draw):
     size = draw(st.integers(1, 50))
     column = lambda low, high: np.array(draw(st.lists(st.integers(low, high), min_size=size, max_size=size)))  # noqa: E731
     user = np.sort(column(0, 3))
-    return {"user": user, "item": np.arange(size), "time": column(0, 12), "action": column(0, 2), "scenario": column(0, 1),
-            "request": column(0, 14) + 100 * user, "trigger": np.full(size, -1), "split": column(0, 2)}  # fmt: skip
+    return {
+        "user": user,
+        "item": np.arange(size),
+        "time": column(0, 12),
+        "action": column(0, 2),
+        "scenario": column(0, 1),
+        "request": column(0, 14) + 100 * user,
+        "trigger": np.full(size, -1),
+        "split": column(0, 2),
+    }
 
 
 @settings(max_examples=150, deadline=None)
@@ -32,7 +39,9 @@ def test_no_input_is_later_than_its_target_nor_of_its_own_request(raw, history):
     user_of = dict(zip(raw["item"], raw["user"], strict=True))
     for segments in (training_segments(time, history), request_segments(time, np.arange(len(time)), history)):
         asked = []
-        for start, length, first, count in zip(segments.start_B, segments.length_B, segments.query_start_B, segments.query_length_B, strict=True):
+        for start, length, first, count in zip(
+            segments.start_B, segments.length_B, segments.query_start_B, segments.query_length_B, strict=True
+        ):
             assert length <= history
             for event in range(first, first + count):
                 target = time.item_E[event]
@@ -67,10 +76,17 @@ class Parts:
         for part in range(3):
             size = 200
             self._parts.append(
-                {"user": np.sort(random.integers(0, 12, size)) + 12 * part, "item": np.arange(size) + size * part, "time": random.integers(0, 10**4, size),
-                 "action": random.integers(0, 3, size), "scenario": random.integers(0, 2, size), "request": np.arange(size) + size * part,
-                 "trigger": np.full(size, -1), "split": random.integers(0, 2, size) * random.integers(0, 2, size)}
-            )  # fmt: skip
+                {
+                    "user": np.sort(random.integers(0, 12, size)) + 12 * part,
+                    "item": np.arange(size) + size * part,
+                    "time": random.integers(0, 10**4, size),
+                    "action": random.integers(0, 3, size),
+                    "scenario": random.integers(0, 2, size),
+                    "request": np.arange(size) + size * part,
+                    "trigger": np.full(size, -1),
+                    "split": random.integers(0, 2, size) * random.integers(0, 2, size),
+                }
+            )
 
     def events(self, part: int):
         return self._parts[part]
@@ -97,7 +113,9 @@ def test_an_epoch_asks_every_training_event_once_and_epochs_differ():
     source = stream()
     steps = source.steps_per_epoch()
     seen = targets_by_step(source, 2 * steps)
-    training = sorted(i for part in range(3) for i, s in zip(Parts().events(part)["item"], Parts().events(part)["split"], strict=True) if s == 0)
+    training = sorted(
+        i for part in range(3) for i, s in zip(Parts().events(part)["item"], Parts().events(part)["split"], strict=True) if s == 0
+    )
     assert sorted(t for step in seen[:steps] for t in step) == training
     assert sorted(t for step in seen[steps:] for t in step) == training
     assert seen[:steps] != seen[steps:]
@@ -126,7 +144,8 @@ def test_overfitting_repeats_the_same_few_steps():
     few = stream(overfit_steps=2)
     batches = few.batches()
     seen = [sorted(next(batches)[0].target_Q.tolist()) for _ in range(6)]
-    assert seen[0] == seen[2] == seen[4] and seen[1] == seen[3] == seen[5]
+    assert seen[0] == seen[2] == seen[4]
+    assert seen[1] == seen[3] == seen[5]
 
 
 def test_a_block_of_the_batch_points_at_the_same_items_as_the_whole_catalogue():

@@ -44,11 +44,11 @@ def test_a_narrow_beam_equals_beam_search_written_out(normalise):
             grown = []
             for score, prefix in live:
                 decoding = toy.policy.start(batch, rows)
-                for l, node in enumerate(prefix):
-                    toy.policy.advance(decoding, l, torch.tensor([[node]]), torch.zeros(1, 1, dtype=torch.long) if l else None)
+                for above, node in enumerate(prefix):
+                    toy.policy.advance(decoding, above, torch.tensor([[node]]), torch.zeros(1, 1, dtype=torch.long) if above else None)
                 parent = toy.index.parent[level] if level else np.zeros(len(toy.index.code[0]), int)
                 children = np.flatnonzero(parent == (prefix[-1] if prefix else 0))
-                logits = toy.policy.head.own[level].weight @ decoding.hidden_BKD[0, 0]
+                logits = toy.policy.head.own[level] @ decoding.hidden_BKD[0, 0]
                 codes = toy.index.code[level][children]
                 over = logits[codes] if normalise == "children" else logits
                 grown += [(score + float(logits[c] - torch.logsumexp(over, 0)), (*prefix, n)) for c, n in zip(codes, children, strict=True)]
@@ -69,7 +69,8 @@ def test_results_are_legal_sorted_distinct_and_capped_by_the_pool(seed, beams, s
     legal = set(toy.index.leaf_of(toy.codes_IL[allowed]).tolist())
     for leaves, scores in zip(found.leaf_BK.tolist(), found.logprob_BK.tolist(), strict=True):
         real = [leaf for leaf in leaves if leaf >= 0]
-        assert set(real) <= legal and len(set(real)) == len(real) >= 1
+        assert set(real) <= legal
+        assert len(set(real)) == len(real) >= 1
         assert scores == sorted(scores, reverse=True)
         if beams >= len(legal):
             assert set(real) == legal
@@ -98,7 +99,8 @@ def test_shared_sids_resolve_by_the_stated_rule_and_exclusions_hold():
     for leaf in found.leaf_BK[0]:
         below = [i for i in toy.index.items_of(int(leaf)).tolist() if i not in (7, 8)]
         want += sorted(below, key=lambda i: (-order_I[i], i))
-    assert items == want and len(items) == 58
+    assert items == want
+    assert len(items) == 58
 
 
 def test_an_empty_pool_is_a_typed_error():

@@ -118,7 +118,7 @@ def test_tied_node_vectors_are_means_over_items_below():
             below = np.flatnonzero(toy.policy.tree.path_IL[:, level].numpy() == node)
             prefix = toy.codes_IL[below][:, : level + 1]
             assert len(np.unique(prefix, axis=0)) == 1
-            want = item_ID[below].mean(0) + toy.policy.head.own[level].weight[prefix[0, level]]
+            want = item_ID[below].mean(0) + toy.policy.head.own[level][prefix[0, level]]
             torch.testing.assert_close(vectors[level][node], want)
 
 

@@ -17,13 +17,27 @@ from oxyray.sid.prefix import PrefixIndex
 class Toy:
     """`items` items with random SIDs of 3 levels of `width` codes, a few users with random events, a policy in float64 and eval mode."""
 
-    def __init__(self, head: str = "tied", items: int = 40, width: int = 5, users: int = 6, seed: int = 0, clock: bool = True, **model: object) -> None:
+    def __init__(
+        self, head: str = "tied", items: int = 40, width: int = 5, users: int = 6, seed: int = 0, clock: bool = True, **model: object
+    ) -> None:
         random = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.codes_IL = random.integers(0, width, (items, 3))
         self.index = PrefixIndex.from_codes(self.codes_IL, width)
-        self.vocab = Vocab(items=items, users=users, scenarios=3, actions=3, side=(4, 3), profile=(5,), levels=3, width=width, text=7, clock=clock)
-        config = {"width": 16, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "hidden": 24, "dropout": 0.0, "row_dim": 8, "history": 6, "item_negatives": 0}
+        self.vocab = Vocab(
+            items=items, users=users, scenarios=3, actions=3, side=(4, 3), profile=(5,), levels=3, width=width, text=7, clock=clock
+        )
+        config = {
+            "width": 16,
+            "heads": 2,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "hidden": 24,
+            "dropout": 0.0,
+            "row_dim": 8,
+            "history": 6,
+            "item_negatives": 0,
+        }
         self.config = ModelConfig(**(config | {"head": head} | model))  # type: ignore[arg-type]
         self.policy = Policy(self.config, self.vocab, self.index).double().eval()
         for parameter in self.policy.parameters():  # defaults near zero would hide mistakes
@@ -35,11 +49,16 @@ class Toy:
         events = 12 * users
         self.timeline: Timeline = timeline(
             {
-                "user": np.sort(random.integers(0, users, events)), "item": random.integers(0, items, events), "time": random.integers(0, 10**6, events),
-                "action": random.integers(0, 3, events), "scenario": random.integers(0, 3, events), "request": random.integers(0, events, events),
-                "trigger": random.integers(-1, items, events), "split": np.zeros(events, int),
+                "user": np.sort(random.integers(0, users, events)),
+                "item": random.integers(0, items, events),
+                "time": random.integers(0, 10**6, events),
+                "action": random.integers(0, 3, events),
+                "scenario": random.integers(0, 3, events),
+                "request": random.integers(0, events, events),
+                "trigger": random.integers(-1, items, events),
+                "split": np.zeros(events, int),
             }
-        )  # fmt: skip
+        )
 
     def lookup(self, ids: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.tables[name][index] for name, index in ids.items()}
