@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 from oxyray.errors import ConfigError
 
 T = TypeVar("T")
+_WORDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 Size = Literal["tiny", "small", "medium", "large", "million"]
 
@@ -114,7 +115,11 @@ class DataConfig:
             f"must be positive and sum to less than 1, got {self.valid_share} and {self.test_share}",
         )
         ordered = self.time_unit == "seconds" or self.split == "leave_one_out"
-        _need(ordered, "data.split", "positions of different users cannot be cut at one time: set data.split=leave_one_out with time_unit=position")
+        _need(
+            ordered,
+            "data.split",
+            "positions of different users cannot be cut at one time: set data.split=leave_one_out with time_unit=position",
+        )
         _need(0 <= self.max_bad_share <= 1, "data.max_bad_share", f"is a share between 0 and 1, got {self.max_bad_share}")
         _need(self.shards >= 1, "data.shards", f"must be at least 1, got {self.shards}")
         _need(self.core >= 0, "data.core", f"must be 0 (off) or more, got {self.core}")
@@ -532,5 +537,5 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise ConfigError(f"{where}: expected {_WORDS.get(hint, hint.__name__)}, got {value!r}")
     return value

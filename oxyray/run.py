@@ -9,21 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from oxyray.config import Config, from_dict, to_dict
 from oxyray.errors import RunError
-from oxyray.files import write_json
+from oxyray.files import whole, write_json
 
 _PACKAGES = (
-    "oxyray",
-    "torch",
-    "ray",
-    "deepspeed",
-    "torchrec",
-    "fbgemm-gpu-cpu",
-    "fbgemm-gpu",
-    "faiss-cpu",
-    "numpy",
-    "pyarrow",
-    "transformers",
+    *("oxyray", "torch", "ray", "deepspeed", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu"),
+    *("faiss-cpu", "hydra-core", "numpy", "pyarrow", "transformers", "wandb"),
 )
 
 
@@ -44,10 +38,11 @@ class Run:
         return path
 
     def log(self, stage: str, values: dict[str, Any], step: int | None = None) -> None:
+        """Append one line. Values are JSON, or numbers of numpy or torch."""
         self.folder.mkdir(parents=True, exist_ok=True)
         line = {"time": round(time.time(), 3), "stage": stage} | ({} if step is None else {"step": step}) | values
         with open(self.path("metrics.jsonl"), "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, default=float) + "\n")
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, of one stage or all. A torn last line (killed while writing) is left out."""
@@ -59,6 +54,28 @@ class Run:
             except json.JSONDecodeError:
                 continue
         return [line for line in lines if stage in (None, line.get("stage"))]
+
+    def write_config(self, config: Config, name: str = "config.yaml") -> Path:
+        """Write the resolved configuration; `Run.config` reads it back."""
+        with whole(self.path(name)) as part:
+            part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+        return self.path(name)
+
+    def config(self) -> Config:
+        """The configuration that the latest stage ran with.
+
+        Raises RunError when the folder holds no run, ConfigError when it is not valid.
+        """
+        path = self.path("config.yaml")
+        if not path.is_file():
+            raise RunError(
+                f"{self.folder} holds no run (config.yaml is missing): set run_dir to the folder of one, or make it with `oxyray run`"
+            )
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise RunError(f"{path} is not valid YAML ({str(error).splitlines()[0]}): run a stage again to write it anew") from None
+        return from_dict(Config, values if isinstance(values, dict) else {})
 
     def write_versions(self) -> None:
         write_json(self.path("versions.json"), versions())

@@ -1,18 +1,20 @@
 """Start Ray, or join the one that runs.
 
-`address=local` starts a Ray of this command's own, whatever address an older cluster left in the environment. `auto` and `HOST:PORT` join. A
-process that already has Ray (a sweep's job, a training worker) keeps it. A cluster that does not answer is an error after a limit, not a hang.
+`address=local` starts a Ray of this command's own, whatever address an older cluster left in the environment. `auto` and `HOST:PORT`
+join. A process that already has Ray (a sweep's job, a training worker) keeps it. A cluster that does not answer is an error after a
+limit, not a hang.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from oxyray.config import ClusterConfig
@@ -35,7 +37,7 @@ def start(config: ClusterConfig, local_cpus: int | None = None) -> str:
     with _limit(config.start_timeout_s, f"Ray ({config.address}) did not answer within {config.start_timeout_s:.0f} s"):
         try:
             if config.address != "local":
-                ray.init(address=config.address, log_to_driver=True, logging_level="error")
+                ray.init(address=config.address, log_to_driver=True, logging_level=logging.ERROR)
                 return f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
             cpus = max(config.cpus or os.cpu_count() or 1, local_cpus or 0)
             ray.init(
@@ -44,21 +46,21 @@ def start(config: ClusterConfig, local_cpus: int | None = None) -> str:
                 object_store_memory=store_bytes(config.object_store_gb),
                 include_dashboard=False,
                 log_to_driver=True,
-                logging_level="error",
+                logging_level=logging.ERROR,
             )
             return f"started Ray with {cpus} CPUs"
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            mend = "start one with `ray start --head`, or leave cluster.address=local" if config.address != "local" else "see `oxyray doctor`"
+            mend = (
+                "start one with `ray start --head`, or leave cluster.address=local" if config.address != "local" else "see `oxyray doctor`"
+            )
             raise ClusterError(f"cluster.address={config.address}: {str(error).splitlines()[0]}: {mend}") from error
 
 
 def store_bytes(wanted_gb: float) -> int:
     """Bytes for the object store: as asked, but within what /dev/shm has free, as Ray would otherwise fall back to a slow disk."""
     wanted = int(wanted_gb * 2**30)
-    try:
+    with suppress(OSError):
         wanted = min(wanted, int(shutil.disk_usage("/dev/shm").free * 0.9))
-    except OSError:
-        pass
     return max(wanted, _LEAST_STORE)
 
 
@@ -74,7 +76,10 @@ def _probe(address: str, seconds: float) -> None:
 
 @contextmanager
 def _limit(seconds: float, message: str) -> Iterator[None]:
-    """Raise ClusterError in the main thread when the body takes longer. Elsewhere there is no way to interrupt it, and Ray's own limits stand."""
+    """Raise ClusterError in the main thread when the body takes longer.
+
+    Elsewhere there is no way to interrupt it, and Ray's own limits stand.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

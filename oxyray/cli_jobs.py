@@ -1,0 +1,128 @@
+"""The jobs of a sweep: each is one command with its own configuration and its own run folder, run here or as a Ray task.
+
+A job never ends a sweep: whatever happens to it becomes an `Outcome`, which is printed as soon as it is known. What the base run folder
+(the configuration's `run_dir`) already holds and fits the job is linked into the job's folder, so a sweep over the policy shares one
+catalogue.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from dataclasses import dataclass, replace
+from typing import Any
+
+from oxyray import pipeline
+from oxyray.cli_run import complain, known_error, log_hint, perform, rehearse
+from oxyray.cluster.start import start
+from oxyray.config import Config, from_dict
+from oxyray.errors import ClusterError
+from oxyray.run import Run
+
+_POLL_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """`words` are the job's own overrides, `values` its composed configuration, whose `run_dir` is the sweep's base run."""
+
+    number: int
+    stage: str
+    words: str
+    values: dict[str, Any]
+    folder: str
+    dry_run: bool = False
+
+    def config(self) -> Config:
+        return from_dict(Config, {**self.values, "run_dir": self.folder})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    number: int
+    words: str
+    folder: str
+    seconds: float
+    error: str | None = None
+
+
+def run_job(job: Job) -> Outcome:
+    """Run one job. Never raises, but for an interruption by the user."""
+    started = time.time()
+    outcome = Outcome(number=job.number, words=job.words, folder=job.folder, seconds=0.0)
+    try:
+        config = job.config()
+        if not job.dry_run:
+            pipeline.borrow(Run(job.values["run_dir"]), Run(job.folder), config, job.stage)
+        (rehearse if job.dry_run else perform)(job.stage, config)
+    except Exception as error:  # a job's failure is its outcome
+        known = known_error(error)
+        if known is None:
+            traceback.print_exc()
+        text = str(known) if known is not None else f"{type(error).__name__}: {error}; {log_hint(job.folder)}"
+        outcome = replace(outcome, error=text)
+    return replace(outcome, seconds=round(time.time() - started, 1))
+
+
+def announce(outcome: Outcome) -> None:
+    name = f"job {outcome.number} ({outcome.words})"
+    if outcome.error is None:
+        print(f"{name}: done in {outcome.seconds:.0f} s, in {outcome.folder}", flush=True)
+    else:
+        complain(f"{name}: {outcome.error}")
+
+
+def run_on_ray(jobs: list[Job], *, jobs_at_once: int | None, max_hours: float) -> list[Outcome]:
+    """Run the jobs as Ray tasks, some at a time, and announce each as it ends. Outcomes are in the order of `jobs`.
+
+    A job's task holds no CPU itself, as the training workers that it starts ask for theirs; `jobs_at_once` keeps the sum within the cluster
+    (null: as many as have CPUs for their training workers). Raises ClusterError when Ray cannot be had or `max_hours` pass.
+    """
+    import ray
+
+    configs = [job.config() for job in jobs]
+    print(start(configs[0].cluster), flush=True)
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    workers = max(config.train.workers for config in configs)
+    at_once = min(jobs_at_once or max(1, cpus // workers), len(jobs))
+    threads = max(1, cpus // (at_once * workers))
+    print(f"{len(jobs)} jobs, {at_once} at a time", flush=True)
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(run_job)
+    waiting = [_with_threads(job, threads) for job in reversed(jobs)]
+    running: dict[Any, Job] = {}
+    outcomes: dict[int, Outcome] = {}
+    ends = time.time() + max_hours * 3600
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            job = waiting.pop()
+            running[task.remote(job)] = job
+        done, _ = ray.wait(list(running), timeout=_POLL_S)
+        for ref in done:
+            job = running.pop(ref)
+            outcomes[job.number] = _outcome_of(ref, job)
+            announce(outcomes[job.number])
+        if time.time() > ends and running:
+            for ref in running:
+                ray.cancel(ref, force=True)
+            left = f"{len(running)} jobs running and {len(waiting)} waiting"
+            raise ClusterError(f"the sweep passed hydra.launcher.max_hours={max_hours:g} with {left}: raise it")
+    return [outcomes[job.number] for job in jobs]
+
+
+def _outcome_of(ref: Any, job: Job) -> Outcome:
+    import ray
+
+    try:
+        outcome: Outcome = ray.get(ref, timeout=60)
+        return outcome
+    except ray.exceptions.RayError as error:  # the job's process or its node died, so it could not say what happened
+        first = (str(error).splitlines() or ["no message"])[0]
+        return Outcome(number=job.number, words=job.words, folder=job.folder, seconds=0.0, error=f"its process ended: {first}")
+
+
+def _with_threads(job: Job, threads: int) -> Job:
+    """Jobs side by side share the cores: give each training worker its share, unless the job says otherwise."""
+    train = {"threads_per_worker": None, **job.values.get("train", {})}
+    if train["threads_per_worker"] is None:
+        train["threads_per_worker"] = threads
+    return replace(job, values={**job.values, "train": train})

@@ -1,0 +1,92 @@
+"""`oxyray STAGE -m key=a,b`: Hydra's sweeper and launchers, with every job checked before the first one starts.
+
+The launcher is Hydra's basic one (jobs one after the other, in this process) or, with `hydra/launcher=ray`, the one in
+`hydra_plugins/oxyray_ray_launcher`. A failed job is printed when it fails, the others go on, and the sweep ends with a table and
+`sweep.json`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from oxyray.cli_compose import Words, compose_config, hydra_here, parse, refuse_code, translated
+from oxyray.cli_jobs import Job, Outcome, announce, run_job
+from oxyray.errors import ConfigError
+from oxyray.files import write_json
+
+
+class SweepTask:
+    """Hydra's task function. A launcher calls it, or takes `job` and runs the job elsewhere."""
+
+    def __init__(self, stage: str, dry_run: bool) -> None:
+        self.stage, self.dry_run = stage, dry_run
+
+    def __call__(self, config: DictConfig) -> Outcome:
+        job = self.job(config, HydraConfig.get())
+        print(f"job {job.number} ({job.words}): starts, in {job.folder}", flush=True)
+        outcome = run_job(job)
+        announce(outcome)
+        return outcome
+
+    def job(self, config: DictConfig, hydra: Any) -> Job:
+        """The job of one composed configuration; `hydra` is the job's own Hydra node."""
+        values = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(values, dict)
+        plain = {str(key): value for key, value in values.items() if key != "hydra"}
+        refuse_code(plain)
+        words = " ".join(word.lstrip("+") for word in hydra.overrides.task if not word.startswith("hydra."))
+        folder = Path(hydra.sweep.dir).absolute() / str(hydra.sweep.subdir)
+        return Job(number=hydra.job.num, stage=self.stage, words=words, values=plain, folder=str(folder), dry_run=self.dry_run)
+
+
+def sweep(stage: str, words: Words, dry_run: bool = False) -> int:
+    """Run the sweep; gives the exit code: 0 when every job went well. Raises ConfigError before any job starts when one cannot work."""
+    overrides = parse([word for word in words.values if not word.startswith(("hydra.", "hydra/"))])
+    combinations = _combinations(overrides)
+    for number, job_words in enumerate(combinations):
+        try:
+            compose_config(Words(tuple(job_words), {}, words.config_dir))
+        except ConfigError as error:
+            raise ConfigError(f"job {number} ({' '.join(word.lstrip('+') for word in job_words)}): {error}") from None
+    with hydra_here(), translated():
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        returns = hydra.multirun("config", SweepTask(stage, dry_run), list(words.values), with_log_configuration=False)
+    outcomes = [job_return.return_value for batch in returns for job_return in batch]
+    return _end(outcomes)
+
+
+def _combinations(overrides: Sequence[Override]) -> list[list[str]]:
+    """Each job's overrides, in the order in which Hydra's basic sweeper numbers them."""
+    axes: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            axes[key] = [
+                f"{key}={override.get_value_element_as_str()}"
+                if override.value() is not None or "=" in (override.input_line or "")
+                else key
+            ]
+    return [list(job) for job in itertools.product(*axes.values())]
+
+
+def _end(outcomes: list[Outcome]) -> int:
+    folder = Path(outcomes[0].folder).parent
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    print(f"\n{len(outcomes) - len(failed)} of {len(outcomes)} jobs done, in {folder}")
+    for outcome in outcomes:
+        print(f"  {outcome.number:>3}  {outcome.seconds:>7.0f} s  {'failed' if outcome.error else 'done  '}  {outcome.words}")
+    if folder.is_dir():
+        write_json(folder / "sweep.json", [asdict(outcome) for outcome in outcomes])
+    return 1 if failed else 0

@@ -1,0 +1,304 @@
+"""The stages in order: what each reads and writes in the run folder, and when what it wrote is still fresh.
+
+A finished stage leaves a stamp, `RUN/stages/STAGE.json`, with the settings that decide its result, the stamps of the stages it read, and
+the size and time of the files it read. The stage is fresh while all of these stand as they did, so a changed `model.width` remakes the
+policy and not the semantic IDs, and a remade catalogue remakes everything after it. Settings that only change speed are left out of the
+stamp.
+
+The table is data: `run_all` and `run_one` take any table of stages, and import a stage's module only when it runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oxyray.config import Config, to_dict
+from oxyray.errors import ConfigError, RunError
+from oxyray.files import read_json, write_json
+from oxyray.run import Run
+from oxyray.tracking import tracked
+
+StageFunction = Callable[[Config, Run], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`work` is the stage function or its `module:name`.
+
+    `beside` are folders that it writes besides its own. `settings` are the configuration keys that decide the result, less those in
+    `speed`.
+    """
+
+    name: str
+    about: str
+    work: str | StageFunction
+    folder: str
+    beside: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    speed: tuple[str, ...] = ()
+    files: Callable[[Config], list[Path]] = lambda config: []
+
+    def function(self) -> StageFunction:
+        if not isinstance(self.work, str):
+            return self.work
+        module, _, name = self.work.partition(":")
+        function: StageFunction = getattr(importlib.import_module(module), name)
+        return function
+
+
+def source_files(config: Config) -> list[Path]:
+    """The files that `prepare` reads: those in `data.path`, or that file itself. The embedded shop reads none."""
+    if config.data.source == "mall" or config.data.path is None:
+        return []
+    path = Path(config.data.path).expanduser()
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        name="prepare",
+        about="read or simulate the shop's tables, check and split them",
+        work="oxyray.data.prepare:prepare",
+        folder="data",
+        beside=("source",),
+        settings=("data",),
+        speed=("data.mall.workers",),
+        files=source_files,
+    ),
+    Stage(
+        name="sid",
+        about="give every item its semantic ID",
+        work="oxyray.sid.stage:sid",
+        folder="sid",
+        reads=("prepare",),
+        settings=("sid",),
+        speed=("sid.batch_items", "sid.workers", "sid.cache_dir"),
+    ),
+    Stage(
+        name="pretrain",
+        about="train the policy on the users' histories",
+        work="oxyray.train.pretrain:pretrain",
+        folder="pretrain",
+        reads=("prepare", "sid"),
+        settings=("model", "train"),
+        speed=("train.threads_per_worker", "train.save_every_minutes", "train.keep_checkpoints", "train.max_restarts", "train.timeout_s"),
+    ),
+    Stage(
+        name="evaluate",
+        about="measure the policy beside the baselines",
+        work="oxyray.evaluate.runner:evaluate",
+        folder="evaluate",
+        reads=("prepare", "sid", "pretrain"),
+        settings=("seed", "generate", "evaluate"),
+        speed=("generate.requests_per_batch",),
+    ),
+    Stage(
+        name="report",
+        about="write the report to look at",
+        work="oxyray.evaluate.report:report",
+        folder="report",
+        reads=("prepare", "sid", "pretrain", "evaluate"),
+    ),
+)
+
+
+def run_all(config: Config, stages: Sequence[Stage] = STAGES, say: Callable[[str], None] = print) -> None:
+    """Every stage in order; fresh ones are skipped. Raises what a stage raises; what earlier stages wrote stays."""
+    run = Run(config.run_dir)
+    with _alone(run), tracked(config.tracking, run, to_dict(config)):
+        for number, stage in enumerate(stages, 1):
+            _run(stage, config, run, stages, f"[{number}/{len(stages)}] ", say)
+
+
+def run_one(name: str, config: Config, stages: Sequence[Stage] = STAGES, say: Callable[[str], None] = print) -> None:
+    """One stage, if it is not fresh. RunError when an earlier stage is missing or was made with other settings."""
+    run = Run(config.run_dir)
+    stage = _named(name, stages)
+    with _alone(run), tracked(config.tracking, run, to_dict(config)):
+        _need_earlier(stage, config, run, stages)
+        _run(stage, config, run, stages, "", say)
+
+
+def plan(config: Config, names: Sequence[str], stages: Sequence[Stage] = STAGES) -> list[tuple[str, str | None]]:
+    """What a run of the stages `names` would do: (stage, why it would run, or None when it is fresh). Writes nothing."""
+    run = Run(config.run_dir)
+    steps: list[tuple[str, str | None]] = []
+    for stage in (_named(name, stages) for name in names):
+        remade = [name for name, why in steps if why is not None and name in stage.reads]
+        why = "asked for by force=true" if config.force else why_stale(stage, config, run)
+        steps.append((stage.name, why or (f"{remade[0]} is made anew" if remade else None)))
+    return steps
+
+
+def need_earlier(name: str, config: Config, stages: Sequence[Stage] = STAGES) -> None:
+    """RunError when a stage that `name` reads is missing or does not fit `config`."""
+    _need_earlier(_named(name, stages), config, Run(config.run_dir), stages)
+
+
+def borrow(base: Run, run: Run, config: Config, name: str, stages: Sequence[Stage] = STAGES) -> list[str]:
+    """Link into `run` what `base` holds, what fits `config`, and what `name` (a stage, or `run`) would otherwise make or miss. Gives the
+    names.
+
+    A sweep's jobs share prepared data and semantic IDs this way. A stage that a job makes anew replaces the job's link, never the base's
+    files.
+    """
+    wanted = [stage.name for stage in stages] if name == "run" else list(_named(name, stages).reads)
+    borrowed: list[str] = []
+    if run.folder == base.folder or (config.force and name == "run"):
+        return borrowed
+    for stage in (_named(each, stages) for each in wanted):
+        fits = why_stale(stage, config, base) is None and set(stage.reads) <= set(borrowed)
+        if not fits or _stamp_path(stage.name, run).exists():
+            continue
+        for folder in (stage.folder, *stage.beside):
+            if base.path(folder).exists() and not run.path(folder).exists():
+                run.folder.mkdir(parents=True, exist_ok=True)
+                run.path(folder).symlink_to(base.path(folder))
+        write_json(_stamp_path(stage.name, run), read_json(_stamp_path(stage.name, base)))
+        borrowed.append(stage.name)
+    return borrowed
+
+
+def why_stale(stage: Stage, config: Config, run: Run, *, check_files: bool = True) -> str | None:
+    """One line on why the stage must run, or None when what it wrote is fresh."""
+    stamp = _stamp(stage, run)
+    if stamp is None or not run.path(stage.folder).exists():
+        return "not made yet"
+    changed = _differences(stamp["settings"], _settings(stage, config))
+    if changed:
+        return f"made with other settings: {changed[0]}" + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
+    for name in stage.reads:
+        if stamp["inputs"].get(name) != _made(name, run):
+            return f"{name} was made anew since"
+    if check_files and stamp["files"] != _files(stage, config):
+        return "its source files changed"
+    return None
+
+
+def _run(stage: Stage, config: Config, run: Run, stages: Sequence[Stage], counter: str, say: Callable[[str], None]) -> None:
+    why = "asked for by force=true" if config.force else why_stale(stage, config, run)
+    if why is None:
+        say(f"{counter}{stage.name}: fresh, skipped (force=true makes it anew)")
+        return
+    say(f"{counter}{stage.name}: {stage.about} ({why})")
+    run.write_config(config)
+    run.write_versions()
+    stamp = {
+        "stage": stage.name,
+        "settings": _settings(stage, config),
+        "inputs": {name: _made(name, run) for name in stage.reads},
+        "files": _files(stage, config),
+    }
+    started = time.time()
+    stage.function()(config, run)
+    seconds = round(time.time() - started, 2)
+    if not run.path(stage.folder).exists():
+        raise RunError(f"stage {stage.name} ended without writing {run.path(stage.folder)}: this is a bug of that stage")
+    write_json(_stamp_path(stage.name, run), stamp | {"made": uuid.uuid4().hex, "finished": round(time.time(), 3), "seconds": seconds})
+    run.log(stage.name, {"stage_seconds": seconds})
+    say(f"{counter}{stage.name}: done in {_span(seconds)}, in {run.path(stage.folder)}")
+
+
+def _need_earlier(stage: Stage, config: Config, run: Run, stages: Sequence[Stage]) -> None:
+    for earlier in (_named(name, stages) for name in stage.reads):
+        why = why_stale(earlier, config, run, check_files=False)
+        if why == "not made yet":
+            raise RunError(
+                f"{stage.name} needs {earlier.name}, which {run.folder} does not hold: run `oxyray {earlier.name}` (or `oxyray run`) first"
+            )
+        if why is not None:
+            raise RunError(
+                f"{stage.name} needs {earlier.name}, but the one in {run.folder} does not fit: {why}. Repeat the overrides that it "
+                f"was made with, set another run_dir, or make it anew with `oxyray {earlier.name}` or `oxyray run`"
+            )
+
+
+def _named(name: str, stages: Sequence[Stage]) -> Stage:
+    for stage in stages:
+        if stage.name == name:
+            return stage
+    raise ConfigError(f"{name}: no such stage; there are {', '.join(stage.name for stage in stages)}")
+
+
+def _stamp_path(name: str, run: Run) -> Path:
+    return run.path("stages", f"{name}.json")
+
+
+def _stamp(stage: Stage, run: Run) -> dict[str, Any] | None:
+    path = _stamp_path(stage.name, run)
+    if not path.is_file():
+        return None
+    stamp = read_json(path)
+    return stamp if isinstance(stamp, dict) and {"settings", "inputs", "files", "made"} <= stamp.keys() else None
+
+
+def _made(name: str, run: Run) -> str | None:
+    path = _stamp_path(name, run)
+    return read_json(path).get("made") if path.is_file() else None
+
+
+def _settings(stage: Stage, config: Config) -> dict[str, Any]:
+    """Flat `{key: value}` of the settings that decide the stage's result."""
+    flat = _flat(to_dict(config))
+    return {
+        key: value
+        for key, value in flat.items()
+        if any(key == s or key.startswith(s + ".") for s in stage.settings)
+        and not any(key == s or key.startswith(s + ".") for s in stage.speed)
+    }
+
+
+def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{where}{key}.")
+        else:
+            flat[f"{where}{key}"] = value
+    return flat
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    absent = object()
+    keys = [key for key in {**old, **new} if old.get(key, absent) != new.get(key, absent)]
+    return [f"{key} was {json.dumps(old.get(key))} and is now {json.dumps(new.get(key))}" for key in keys]
+
+
+def _files(stage: Stage, config: Config) -> str:
+    """A hash over name, size and time of the files that the stage reads."""
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in stage.files(config)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Hold the run folder: two commands at work in one folder would overwrite each other."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.path(".lock"), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(
+                f"{run.folder} is in use by another oxyray (process {file.read().strip() or '?'}): wait for it or set another run_dir"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
