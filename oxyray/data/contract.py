@@ -21,7 +21,7 @@ from oxyray.errors import DataError
 
 
 class Quarantine:
-    """Collects broken rows as `FOLDER/TABLE.parquet`: the canonical columns, `reason`, and the `file` and 1-based `row` they came from."""
+    """Collects broken rows as `FOLDER/TABLE.parquet`: the columns, `reason`, and the `file` and 1-based `row` (in text files: line)."""
 
     def __init__(self, folder: Path, max_share: float) -> None:
         self.folder = folder
@@ -41,14 +41,13 @@ class Quarantine:
         told = [reasons[code - 1] for code in reason_N[place_N]]
         rows = chunk.rows.take(pa.array(place_N))
         rows = rows.append_column("reason", pa.array(told)).append_column("file", pa.array([str(chunk.file)] * len(told)))
-        rows = rows.append_column("row", pa.array(place_N + chunk.first_row + 1))
-        if table not in self._writers:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._writers[table] = pq.ParquetWriter(self.folder / f"{table}.parquet", rows.schema)
+        rows = rows.append_column("row", pa.array(place_N + chunk.first_row + 1 if chunk.line_N is None else chunk.line_N[place_N]))
+        if table not in self._example:
             first = rows.slice(0, 1).to_pylist()[0]
             value = first.get(told[0].split(" ")[0])
-            self._example[table] = f"first: {chunk.file} row {first['row']}, {told[0]}" + ("" if value is None else f" ({value!r})")
-        self._writers[table].write_table(rows)
+            where = f"{chunk.file} {'row' if chunk.line_N is None else 'line'} {first['row']}"
+            self._example[table] = f"first: {where}, {told[0]}" + ("" if value is None else f": {value!r}"[:100])
+        self._writer(table, rows.schema).write_table(rows)
         count = Counter(told)
         self.counts.update({f"{table}: {why}": n for why, n in count.items()})
         self._table_reasons.setdefault(table, Counter()).update(count)
@@ -63,6 +62,16 @@ class Quarantine:
                 f"{table}: {bad} of {rows} rows break the contract, more than data.max_bad_share={self.max_share:g} allows "
                 f"({why}; {self._example[table]}); mend the table or raise data.max_bad_share"
             )
+
+    def _writer(self, table: str, schema: pa.Schema) -> pq.ParquetWriter:
+        """One file for each table; another one where the files of a table differ in their columns' types."""
+        name = table
+        while name in self._writers and self._writers[name].schema != schema:
+            name += "_"
+        if name not in self._writers:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._writers[name] = pq.ParquetWriter(self.folder / f"{name}.parquet", schema)
+        return self._writers[name]
 
     def close(self) -> None:
         for writer in self._writers.values():

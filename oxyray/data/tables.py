@@ -82,11 +82,12 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one file. `first_row` is the 0-based number of the first one in `file`."""
+    """Rows of one file. `first_row` is the 0-based number of the first one in `file`; `line_N` their 1-based lines in a text file."""
 
     rows: pa.Table
     file: Path
-    first_row: int
+    first_row: int = 0
+    line_N: np.ndarray | None = None
 
 
 class Table:
@@ -99,7 +100,7 @@ class Table:
         found: dict[str, Column] = {}
         self.rows = 0
         for file in files:
-            with _readable(file):
+            with readable(file):
                 parquet = pq.ParquetFile(file)
             self.rows += parquet.metadata.num_rows
             found |= {column.name: column for column in self._check(file, parquet.schema_arrow)}
@@ -115,12 +116,12 @@ class Table:
         """The rows in order, in canonical types; an optional column that a file lacks is null there."""
         for file in self.files:
             row = 0
-            with _readable(file):
+            with readable(file):
                 parquet = pq.ParquetFile(file)
                 names = [column.name for column in self.columns if column.name in parquet.schema_arrow.names]
                 batches = parquet.iter_batches(batch_size=batch_rows, columns=names)
             while True:
-                with _readable(file):
+                with readable(file):
                     batch = next(batches, None)
                 if batch is None:
                     break
@@ -185,7 +186,7 @@ def fits(found: pa.DataType, kind: str) -> bool:
         return fits(found.value_type, kind)
     if pa.types.is_null(found):
         return True
-    text = pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
+    text = is_text(found)
     whole, number = pa.types.is_integer(found), pa.types.is_floating(found) or pa.types.is_decimal(found)
     if kind == "text":
         return text or whole or pa.types.is_floating(found)
@@ -196,6 +197,10 @@ def fits(found: pa.DataType, kind: str) -> bool:
     if kind == "bytes":
         return pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_binary_view(found)
     return whole or number
+
+
+def is_text(found: pa.DataType) -> bool:
+    return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
 
 
 def convert(array: pa.Array, kind: str, file: Path, name: str) -> pa.Array:
@@ -240,7 +245,7 @@ def _place(files: list[Path]) -> str:
     return str(files[0] if len(files) == 1 else files[0].parent)
 
 
-class _readable:
+class readable:
     """Turns pyarrow's errors of reading `file` into one line."""
 
     def __init__(self, file: Path) -> None:
