@@ -1,0 +1,167 @@
+"""The stage `evaluate`: every model answers the same test requests; `predictions.parquet` is written, and the table is recomputed from it.
+
+A model is anything that `Recommends`. The policy's beams are resolved to items by the generator's tie-break (items of one SID: more
+training events first, then the smaller item index).
+
+Legend: R rows, S scenarios, I items.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from oxyray.config import Config
+from oxyray.data.prepared import Prepared
+from oxyray.data.requests import request_segments
+from oxyray.data.stream import Collator
+from oxyray.errors import RunError
+from oxyray.evaluate import sasrec_cache
+from oxyray.evaluate.baselines import Lists, Recommends
+from oxyray.evaluate.baselines.knn import Knn
+from oxyray.evaluate.baselines.popularity import Popularity
+from oxyray.evaluate.lists import PROTOCOLS, kept, legal, seen, sids
+from oxyray.evaluate.predictions import Writer, recompute
+from oxyray.evaluate.requests import TEST, Requests, asked
+from oxyray.evaluate.table import published, text
+from oxyray.files import whole, write_json
+from oxyray.generate.engine import Generator
+from oxyray.model.inputs import Inputs, check_beams
+from oxyray.model.saved import read_model
+from oxyray.progress import bar
+from oxyray.run import Run, versions
+
+Array = np.ndarray
+
+# Dense scores of one call hold at most this many numbers (128 MB of float32).
+_SCORES_PER_CALL = 1 << 25
+
+
+class PolicyRecommender:
+    """The policy behind the generator, asked by scenario, since each scenario has a pool of its own."""
+
+    name = "policy"
+
+    def __init__(self, generator: Generator, collate: Collator, prepared: Prepared, history: int, device: str = "cpu") -> None:
+        self.generator, self.collate, self.prepared, self.history, self.device = generator, collate, prepared, history, device
+
+    @classmethod
+    def load(cls, config: Config, run: Run, inputs: Inputs, device: str) -> PolicyRecommender:
+        """The run's exported model. Raises RunError naming the stage that is missing, ConfigError for too many beams."""
+        check_beams(config, inputs)
+        policy, tables = read_model(run.need("pretrain", "model", stage="pretrain"), inputs, device)
+        counts_I = inputs.prepared.train_counts_I()
+        generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, config.generate.beams, config.generate.normalise)
+        return cls(generator, inputs.collator(policy.config), inputs.prepared, policy.config.history, device)
+
+    def recommend(self, requests: Requests, depth: int) -> Lists:
+        item_RK = np.full((len(requests), depth), -1, dtype=np.int64)
+        score_RK = np.full((len(requests), depth), -np.inf, dtype=np.float32)
+        for scenario in np.unique(requests.scenario_R):
+            rows = np.flatnonzero(requests.scenario_R == scenario)
+            asked_rows = requests.take(rows)
+            segments = request_segments(requests.time, asked_rows.row_R, self.history)
+            batch = self.collate(requests.time, segments, targets=False).to(self.device)
+            name = self.prepared.meta.scenarios[scenario]
+            found = self.generator.generate(batch, depth, self.generator.pool(name, self.prepared.pools[name]))
+            item_RK[rows], score_RK[rows] = found.item_BR, found.score_BR
+        return Lists(item_RK, score_RK)
+
+
+def evaluate(config: Config, run: Run) -> None:
+    """Read RUN/data, RUN/sid and RUN/pretrain/model; write RUN/evaluate whole or not at all, and SASRec's weights to RUN/baselines
+    for the next time."""
+    inputs = Inputs.load(run)
+    device = "cuda" if config.train.gpu == "auto" and torch.cuda.is_available() else "cpu"
+    policy = PolicyRecommender.load(config, run, inputs, device)
+    models: list[Recommends] = [policy, *baselines(config, run, inputs.prepared, device)]
+    with whole(run.path("evaluate")) as part:
+        part.mkdir(parents=True)
+        results = measure(config, inputs, models, part, log=lambda line: run.log("evaluate", line))
+        write_json(part / "metrics.json", results)
+    for line in results["table"]:
+        if line["scenario"] is None:
+            run.log("evaluate", {key: line[key] for key in ("model", "protocol", "level", "requests")} | line["metrics"])
+    print(text(results), flush=True)
+
+
+def baselines(config: Config, run: Run, prepared: Prepared, device: str = "cpu") -> list[Recommends]:
+    """Those that `evaluate.baselines` names, in its order. SASRec is trained, or read back if data and settings are those it was
+    trained with."""
+    pool_SI = pools(prepared)
+    popularity = Popularity(prepared, pool_SI)
+    made: list[Recommends] = []
+    for name in config.evaluate.baselines:
+        if name == "popularity":
+            made.append(popularity)
+        elif name == "knn":
+            made.append(Knn(prepared, popularity))
+        else:
+            made.append(sasrec_cache.get(config, run, prepared, pool_SI, popularity, device))
+    return made
+
+
+def pools(prepared: Prepared) -> Array:
+    """bool (S, I): which items each scenario may show."""
+    return np.stack([prepared.pools[name] for name in prepared.meta.scenarios])
+
+
+def measure(config: Config, inputs: Inputs, models: list[Recommends], folder: Any, log: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Ask every model, write `folder/predictions.parquet`, recompute the results from it. The first model is compared with each
+    other one."""
+    prepared, catalog, settings = inputs.prepared, inputs.catalog, config.evaluate
+    requests = list(asked(prepared, TEST, settings.max_requests, config.seed))
+    total = sum(map(len, requests))
+    if not total:
+        raise RunError(f"{prepared.folder} has no test events: give more data, or another data.split, and run `oxyray prepare` again")
+    leaf_I = catalog.index.leaf_of(catalog.codes_IL)
+    seconds: dict[str, float] = {}
+    outside: dict[str, float] = {}
+    path = folder / "predictions.parquet"
+    with Writer(path, prepared) as writer:
+        for model in models:
+            began = time.monotonic()
+            outside[model.name] = _ask(
+                model, requests, total, writer, pools(prepared), leaf_I, max(settings.ks), _rows_per_call(config, model, prepared)
+            )
+            seconds[model.name] = round(time.monotonic() - began, 2)
+    results = recompute(path, prepared, leaf_I, settings.ks, settings.bootstrap, config.seed)
+    log({"seconds": seconds})
+    about = {
+        "data": prepared.meta.name, "fingerprint": prepared.meta.fingerprint, "catalogue": catalog.version, "split": prepared.meta.split,
+        "requests": total, "requests_in_split": prepared.meta.splits["test"], "seed": config.seed, "ks": list(settings.ks),
+        "models": [model.name for model in models], "beams": config.generate.beams, "resamples": settings.bootstrap,
+        "outside_pool": outside, "seconds": seconds, "versions": versions(),
+    }  # fmt: skip
+    return about | results | {"published": published(prepared.meta)}
+
+
+def _ask(
+    model: Recommends, requests: list[Requests], total: int, writer: Writer, pool_SI: Array, leaf_I: Array, k: int, rows_per_call: int
+) -> float:
+    """Write one model's lists for both protocols; gives the share of recommended places that held an item outside the pool (they
+    are left out)."""
+    outside = places = 0
+    with bar(total, f"{model.name} answers", "request") as progress:
+        for part in requests:
+            for rows in part.batches(rows_per_call):
+                # Deep enough that k distinct SIDs remain when the whole history is left out and SIDs are shared.
+                lists = model.recommend(rows, 4 * k + int((rows.stop_R - rows.start_R).max()))
+                legal_RD = legal(lists, rows, pool_SI)
+                places, outside = places + int((lists.item_RK >= 0).sum()), outside + int((lists.item_RK >= 0).sum() - legal_RD.sum())
+                for protocol in PROTOCOLS:
+                    keep_RD = legal_RD if protocol == "all" else legal_RD & ~seen(lists, rows, len(leaf_I))
+                    long = kept(lists, keep_RD, lists.item_RK.shape[1])
+                    writer.add(model.name, protocol, rows, Lists(long.item_RK[:, :k], long.score_RK[:, :k]), sids(long.item_RK, leaf_I, k))
+                progress.update(len(rows))
+    return outside / max(places, 1)
+
+
+def _rows_per_call(config: Config, model: Recommends, prepared: Prepared) -> int:
+    if isinstance(model, PolicyRecommender):
+        return config.generate.requests_per_batch
+    return int(np.clip(_SCORES_PER_CALL // prepared.meta.items, 1, 512))
