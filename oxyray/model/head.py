@@ -29,6 +29,12 @@ class Tree(nn.Module):
             if level + 1 < index.levels:
                 self._put(f"first_child{level}", index.first_child[level])
         leaf_N = np.repeat(np.arange(index.leaves), np.diff(index.leaf_offset))
+        self._put("leaf_items", index.leaf_items)
+        first_item = index.leaf_offset
+        for level in reversed(range(index.levels)):
+            self._put(f"first_item{level}", first_item)
+            if level:  # the first item of a node is that of its first child
+                first_item = first_item[index.first_child[level - 1]]
         path_IL = np.zeros((int(index.leaf_items.max()) + 1, index.levels), dtype=np.int64)
         path_IL[index.leaf_items] = index.node_path(leaf_N)
         self.path_IL: Tensor
@@ -47,6 +53,12 @@ class Tree(nn.Module):
         """First child (a node of level + 1) and number of children of each node."""
         first = self.get_buffer(f"first_child{level}")
         return first[node_M], first[node_M + 1] - first[node_M]
+
+    def items_below(self, level: int, node_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Items below each node as pairs: state_T and item_T, in leaf order."""
+        first = self.get_buffer(f"first_item{level}")
+        state_T, place_T = spread(first[node_M], first[node_M + 1] - first[node_M])
+        return state_T, self.get_buffer("leaf_items")[place_T]
 
 
 class Head(nn.Module):

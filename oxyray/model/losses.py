@@ -22,31 +22,53 @@ class LossOut:
     parts: dict[str, Tensor]
 
 
-def children_nll(hidden_QD: Tensor, vector_nD: Tensor, first_Q: Tensor, count_Q: Tensor, target_Q: Tensor) -> Tensor:
-    """Negative log-probability of child `target_Q` among the children `first_Q : first_Q + count_Q` of each query's prefix: (Q,)."""
-    state_P, child_P = spread(first_Q, count_Q)
-    logit_P = (hidden_QD[state_P] * vector_nD[child_P]).sum(-1)
-    chosen_Q = torch.cumsum(count_Q, 0) - count_Q + target_Q - first_Q
-    return ragged_logsumexp(logit_P, state_P, len(hidden_QD)) - logit_P[chosen_Q]
+class Children:
+    """The children of each query's prefix, `first_Q : first_Q + count_Q` of the next level's nodes, with their log-probabilities."""
+
+    def __init__(self, hidden_QD: Tensor, vector_nD: Tensor, first_Q: Tensor, count_Q: Tensor) -> None:
+        self.state_P, child_P = spread(first_Q, count_Q)
+        self.offset_Q, self.first_Q = torch.cumsum(count_Q, 0) - count_Q, first_Q
+        logit_P = (hidden_QD[self.state_P] * vector_nD[child_P]).sum(-1)
+        self.logprob_P = logit_P - ragged_logsumexp(logit_P, self.state_P, len(hidden_QD))[self.state_P]
+
+    def nll(self, target_Q: Tensor) -> Tensor:
+        """Negative log-probability of the child `target_Q` (a node): (Q,)."""
+        return -self.logprob_P[self.offset_Q + target_Q - self.first_Q]
+
+    def distilled(self, item_prob_QU: Tensor, state_T: Tensor, item_T: Tensor, child_T: Tensor) -> Tensor:
+        """Cross-entropy to what the item softmax says of the children: items `item_T` below query `state_T`'s prefix belong to its child
+        `child_T`: (Q,)."""
+        slot_T = self.offset_Q[state_T] + child_T - self.first_Q[state_T]
+        share_P = torch.zeros_like(self.logprob_P).index_add(0, slot_T, item_prob_QU[state_T, item_T])
+        total_Q = share_P.new_zeros(len(self.offset_Q)).index_add(0, self.state_P, share_P).clamp(min=1e-30)
+        cross_P = -self.logprob_P * share_P / total_Q[self.state_P]
+        return cross_P.new_zeros(len(self.offset_Q)).index_add(0, self.state_P, cross_P)
 
 
-def vocabulary_nll(hidden_QD: Tensor, vector_VD: Tensor, target_Q: Tensor, smoothing: float = 0.0) -> Tensor:
+def distilled_roots(hidden_QD: Tensor, vector_nD: Tensor, item_prob_QU: Tensor, root_U: Tensor) -> Tensor:
+    """Cross-entropy of the first level to what the item softmax says of it: (Q,)."""
+    share_Qn = item_prob_QU.new_zeros(len(hidden_QD), len(vector_nD)).index_add(1, root_U, item_prob_QU)
+    return F.cross_entropy(hidden_QD @ vector_nD.T, share_Qn, reduction="none")
+
+
+def vocabulary_nll(hidden_QD: Tensor, vector_VD: Tensor, target_Q: Tensor) -> Tensor:
     """Negative log-probability of `target_Q` over a level's whole vocabulary (or all roots): (Q,)."""
-    return F.cross_entropy(hidden_QD @ vector_VD.T, target_Q, reduction="none", label_smoothing=smoothing)
+    return F.cross_entropy(hidden_QD @ vector_VD.T, target_Q, reduction="none")
 
 
-def item_nll(query_QD: Tensor, item_UD: Tensor, target_Q: Tensor, negatives: int) -> Tensor:
+def item_nll(query_QD: Tensor, item_UD: Tensor, target_Q: Tensor, negatives: int) -> tuple[Tensor, Tensor | None]:
     """Item-level softmax: over all U items, or over the target and `negatives` uniformly drawn items with the log of the sampling rate
-    corrected: (Q,).
+    corrected. Gives the loss (Q,) and, from the full softmax, the probabilities (Q, U) without gradient.
 
     An accidental draw of the target itself is masked out.
     """
     items = len(item_UD)
     if negatives <= 0 or negatives >= items:
-        return F.cross_entropy(query_QD @ item_UD.T, target_Q, reduction="none")
+        logprob_QU = torch.log_softmax(query_QD @ item_UD.T, dim=-1)
+        return -logprob_QU.gather(1, target_Q[:, None])[:, 0], logprob_QU.detach().exp()
     drawn_N = torch.randint(items, (negatives,), device=item_UD.device)
     correction = torch.log(torch.tensor((items - 1) / negatives))
     logit_QN = query_QD @ item_UD[drawn_N].T + correction
     logit_QN = logit_QN.masked_fill(drawn_N[None] == target_Q[:, None], -torch.inf)
     positive_Q = (query_QD * item_UD[target_Q]).sum(-1)
-    return torch.logsumexp(torch.cat([positive_Q[:, None], logit_QN], dim=1), dim=1) - positive_Q
+    return torch.logsumexp(torch.cat([positive_Q[:, None], logit_QN], dim=1), dim=1) - positive_Q, None

@@ -20,7 +20,7 @@ from oxyray.model.encoder import Encoder
 from oxyray.model.head import Head, Tree
 from oxyray.model.items import Clock, ItemEncoder, Vocab
 from oxyray.model.layers import Dropout, RMSNorm, Tensor
-from oxyray.model.losses import LossOut, children_nll, item_nll, vocabulary_nll
+from oxyray.model.losses import Children, LossOut, distilled_roots, item_nll, vocabulary_nll
 from oxyray.sid.prefix import PrefixIndex
 
 Rows = dict[str, Tensor]
@@ -76,25 +76,36 @@ class Policy(nn.Module):
         prompt_QTD = self._prompt(batch, item_UD, memory)
         tokens = [self._token(level, codes_QL[:, level])[:, None] for level in range(self.vocab.levels - 1)]
         hidden_QTD = self.decoder(self.dropout(torch.cat([prompt_QTD, *tokens], dim=1)), memory)[:, prompt_QTD.shape[1] - 1 :]
-        nll_Q = torch.stack(self._level_nll(hidden_QTD, vectors, batch.items.ids_U[batch.target_Q], codes_QL), dim=1).sum(1)
-        total_Q, parts = nll_Q, {"ntp": nll_Q}
+        prob_QU = None
+        parts: dict[str, Tensor] = {}
         if self.config.item_loss:
-            parts["item"] = item_nll(self.item_query(hidden_QTD[:, 0]), item_UD, batch.target_Q, self.config.item_negatives)
-            total_Q = total_Q + self.config.item_loss * parts["item"]
-        return LossOut((total_Q * batch.weight_Q).sum(), {name: (part * batch.weight_Q).sum().detach() for name, part in parts.items()})
+            parts["item"], prob_QU = item_nll(self.item_query(hidden_QTD[:, 0]), item_UD, batch.target_Q, self.config.item_negatives)
+        if self.head.tied:
+            parts |= self._tied_losses(hidden_QTD, vectors, batch.items.ids_U[batch.target_Q], prob_QU if self.config.distill else None)
+        else:
+            nll = [vocabulary_nll(hidden_QTD[:, level], self.head.own[level], codes_QL[:, level]) for level in range(self.vocab.levels)]
+            parts["ntp"] = torch.stack(nll).sum(0)
+        scale = {"ntp": 1.0, "item": self.config.item_loss, "distill": self.config.distill}
+        total_Q = torch.stack([scale[name] * part_Q for name, part_Q in parts.items()]).sum(0)
+        return LossOut((total_Q * batch.weight_Q).sum(), {name: (part_Q * batch.weight_Q).sum().detach() for name, part_Q in parts.items()})
 
     forward = loss
 
-    def _level_nll(self, hidden_QTD: Tensor, vectors: list[Tensor], item_Q: Tensor, codes_QL: Tensor) -> list[Tensor]:
-        if not self.head.tied:
-            return [vocabulary_nll(hidden_QTD[:, level], self.head.own[level], codes_QL[:, level], self.config.label_smoothing)
-                    for level in range(self.vocab.levels)]  # fmt: skip
+    def _tied_losses(self, hidden_QTD: Tensor, vectors: list[Tensor], item_Q: Tensor, prob_QU: Tensor | None) -> dict[str, Tensor]:
+        """Next-token loss over each prefix's children and, given the item softmax's probabilities, the cross-entropy of those children to
+        it."""
         path_QL = self.tree.path_IL[item_Q]
-        nll = [vocabulary_nll(hidden_QTD[:, 0], vectors[0], path_QL[:, 0], self.config.label_smoothing)]
+        nll_Q = vocabulary_nll(hidden_QTD[:, 0], vectors[0], path_QL[:, 0])
+        if prob_QU is not None:
+            distilled_Q = distilled_roots(hidden_QTD[:, 0], vectors[0], prob_QU, self.tree.path_IL[:, 0])
         for level in range(1, self.vocab.levels):
-            first_Q, count_Q = self.tree.children_of(level - 1, path_QL[:, level - 1])
-            nll.append(children_nll(hidden_QTD[:, level], vectors[level], first_Q, count_Q, path_QL[:, level]))
-        return nll
+            parent_Q = path_QL[:, level - 1]
+            children = Children(hidden_QTD[:, level], vectors[level], *self.tree.children_of(level - 1, parent_Q))
+            nll_Q = nll_Q + children.nll(path_QL[:, level])
+            if prob_QU is not None:
+                state_T, item_T = self.tree.items_below(level - 1, parent_Q)
+                distilled_Q = distilled_Q + children.distilled(prob_QU, state_T, item_T, self.tree.path_IL[item_T, level])
+        return {"ntp": nll_Q} if prob_QU is None else {"ntp": nll_Q, "distill": distilled_Q}
 
     @torch.no_grad()
     def start(self, batch: Batch, rows: Rows) -> Decoding:

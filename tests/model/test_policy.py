@@ -134,8 +134,8 @@ def test_ragged_logsumexp_equals_a_loop():
 def test_sampled_item_loss_is_close_to_the_full_one():
     torch.manual_seed(0)
     query, items, target = torch.randn(50, 8).double() * 0.3, torch.randn(400, 8).double(), torch.randint(400, (50,))
-    full = item_nll(query, items, target, 0).mean()
-    sampled = torch.stack([item_nll(query, items, target, 200).mean() for _ in range(200)]).mean()
+    full = item_nll(query, items, target, 0)[0].mean()
+    sampled = torch.stack([item_nll(query, items, target, 200)[0].mean() for _ in range(200)]).mean()
     assert float(sampled) == pytest.approx(float(full), abs=0.05)
 
 
@@ -144,3 +144,28 @@ def test_a_catalogue_of_another_width_is_refused():
     other = PrefixIndex.from_codes(toy.codes_IL, 9)
     with pytest.raises(CatalogueError, match=r"3 levels of 5 codes.*3 of 9"):
         Policy(toy.config, toy.vocab, other)
+
+
+def test_distillation_is_the_cross_entropy_to_the_item_softmax_summed_over_each_prefix():
+    toy = Toy(distill=1.0)
+    batch = toy.training_batch()
+    rows = toy.lookup(batch.lookups())
+    out = toy.policy.loss(batch, rows)
+    item_UD = toy.policy.items(batch.items, rows["item"])
+    memory = toy.policy._memory(batch, rows, item_UD)
+    vectors = toy.policy.head.node_vectors(toy.policy.tree, item_UD)
+    path_IL = toy.policy.tree.path_IL
+    total = 0.0
+    for query, target in enumerate(batch.target_Q.tolist()):
+        tokens = [toy.policy._token(level, torch.tensor(toy.codes_IL[target, level])) for level in range(2)]
+        prompt_QTD = toy.policy._prompt(batch, item_UD, memory)
+        x_QTD = torch.cat([prompt_QTD, torch.stack(tokens).expand(batch.queries, -1, -1)], dim=1)
+        hidden_TD = toy.policy.decoder(x_QTD, memory)[query, 1:]
+        prob_I = torch.softmax(item_UD @ toy.policy.item_query(hidden_TD[0]), 0)
+        for level in range(3):
+            below = torch.ones(len(prob_I), dtype=torch.bool) if level == 0 else path_IL[:, level - 1] == path_IL[target, level - 1]
+            children = path_IL[below, level].unique()
+            share = torch.stack([prob_I[below & (path_IL[:, level] == node)].sum() for node in children]) / prob_I[below].sum()
+            logprob = torch.log_softmax(vectors[level][children] @ hidden_TD[level], 0)
+            total -= float(batch.weight_Q[query]) * (share * logprob).sum().item()
+    assert out.parts["distill"].item() == pytest.approx(total, rel=1e-6)
