@@ -60,7 +60,7 @@ class Quarantine:
             why = ", ".join(f"{n} × {reason}" for reason, n in self._table_reasons[table].most_common())
             raise DataError(
                 f"{table}: {bad} of {rows} rows break the contract, more than data.max_bad_share={self.max_share:g} allows "
-                f"({why}; {self._example[table]}); mend the table or raise data.max_bad_share"
+                f"({why}; {self._example[table]}); mend the table, or raise data.max_bad_share to go on without them"
             )
 
     def _writer(self, table: str, schema: pa.Schema) -> pq.ParquetWriter:
@@ -96,6 +96,7 @@ EVENT_REASONS = [
     "event_time is missing",
     "event_time is negative",
     "event_time lies in the future",
+    "event_time lies far in the future (are these milliseconds? seconds are expected)",
     "action is missing",
     "action is unknown",
     "scenario is missing",
@@ -110,13 +111,15 @@ def sound_events(chunk: Chunk, items: Ids, latest: int | None, quarantine: Quara
     item_N, action_N = items.find(rows["item_id"]), Ids(ACTIONS).find(rows["action"])
     time = rows["event_time"]
     time_N = time.fill_null(0).to_numpy()
+    last = np.iinfo(np.int64).max // 100 if latest is None else latest
     broken = {
         "user_id is missing": _missing(rows["user_id"]),
         "item_id is missing": _missing(rows["item_id"]),
         "item_id is unknown": item_N < 0,
         "event_time is missing": time.is_null().to_numpy(),
         "event_time is negative": time_N < 0,
-        "event_time lies in the future": time_N > latest if latest is not None else np.zeros(len(time_N), bool),
+        EVENT_REASONS[5]: (time_N > last) & (time_N <= 100 * last),
+        EVENT_REASONS[6]: time_N > 100 * last,
         "action is missing": _missing(rows["action"]),
         "action is unknown": action_N < 0,
         "scenario is missing": _missing(rows["scenario"]),

@@ -75,6 +75,11 @@ class Parts:
         pq.write_table(users, self.out / "users.parquet", row_group_size=ROW_GROUP)
         return users["user_id"]
 
+    def sign(self, *contents: np.ndarray | str) -> None:
+        """Let the fingerprint depend on these too."""
+        for content in contents:
+            self._hash.update(content.encode() + b"\0" if isinstance(content, str) else np.ascontiguousarray(content).tobytes())
+
     def about(self) -> dict[str, Any]:
         """What `meta.json` says of users and events."""
         length_U = np.concatenate(self._lengths)
@@ -104,5 +109,4 @@ class Parts:
         if len(columns["time"]):
             self._times += [int(columns["time"].min()), int(columns["time"].max())]
             self._requests = int(columns["request"].max()) + 1
-        for name in _HASHED:
-            self._hash.update(np.ascontiguousarray(columns[name]).tobytes())
+        self.sign(*(columns[name] for name in _HASHED))

@@ -45,6 +45,7 @@ def prepare(config: Config, run: Run) -> None:
         out = folders.enter_context(whole(run.path("data")))
         out.mkdir(parents=True)
         quarantine = Quarantine(out / "quarantine", data.max_bad_share)
+        folders.callback(quarantine.close)
         source = Path(data.path or "").expanduser()
         if data.source != "tables":
             source = folders.enter_context(whole(run.path("source")))
@@ -84,11 +85,13 @@ def write_prepared(data: DataConfig, source: Path, out: Path, quarantine: Quaran
     item_number[final_I] = np.arange(len(final_I))
     parts = Parts(out, item_number, np.argsort(np.argsort(np.array(scenarios))), pool_SI, starts)
     final_users = _write_parts(settled, parts, users, only_active=data.core > 0)
+    parts.sign(*items["item_id"].to_pylist(), *items["title"].to_pylist())
     side_IC, side = encode(items, [name for name in ITEM_FEATURES if name in items.column_names])
     profile_TP, profile = encode(users, [name for name in users.column_names if name != "user_id"])
-    unknown_1P = np.zeros((1, profile_TP.shape[1]), np.int32)
+    profile_UP = np.concatenate([profile_TP, np.zeros((1, profile_TP.shape[1]), np.int32)])[user_ids.find(final_users)]
+    parts.sign(side_IC, profile_UP, pool_SI)
     pq.write_table(items, out / "items.parquet", row_group_size=65_536)
-    np.savez(out / "side.npz", side_IC=side_IC, profile_UP=np.concatenate([profile_TP, unknown_1P])[user_ids.find(final_users)])
+    np.savez(out / "side.npz", side_IC=side_IC, profile_UP=profile_UP)
     np.savez(out / "pools.npz", pool_SI=pool_SI)
     meta = Meta(
         format=FORMAT,

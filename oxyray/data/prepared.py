@@ -42,7 +42,7 @@ EVENT_SCHEMA = pa.schema(
 class Meta:
     """What `meta.json` says. `side` and `profile` give each feature's name and size (its codes lie in 0..size-1, 0 unknown); `users` counts
     all known ones, `users_with_events` those with a history; `part_users` is the first user of each part; `fingerprint` changes with any
-    prepared event."""
+    prepared event, item title, feature or pool."""
 
     format: int
     name: str
