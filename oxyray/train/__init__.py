@@ -1,0 +1,1 @@
+"""Training: dense part in DeepSpeed, tables in TorchRec, joined in one step; checkpoints; the pre-training stage."""
