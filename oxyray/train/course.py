@@ -1,0 +1,62 @@
+"""How a training run goes, what ends it, and whether a checkpoint is of the same run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from oxyray.config import Config, to_dict
+from oxyray.model.inputs import Inputs
+from oxyray.train.checkpoint import Checkpoint
+
+# A run goes on from its checkpoint when these change; any other change of `model` or `train` begins anew.
+MAY_CHANGE = (
+    *("epochs", "max_minutes", "max_steps", "patience", "eval_every_epochs", "eval_requests", "workers", "threads_per_worker", "gpu"),
+    *("micro_batches", "save_every_minutes", "keep_checkpoints", "max_restarts", "timeout_s", "profile_steps"),
+)
+LIMITS = ("epochs", "max_minutes", "max_steps", "patience")
+
+
+@dataclass
+class Course:
+    """How the run goes: saved with each checkpoint. `ended` says why it is over, and is empty while it is not."""
+
+    minutes: float = 0.0
+    best: float | None = None
+    best_step: int = 0
+    without_gain: int = 0
+    validated_at: int = 0
+    ended: str = ""
+
+
+def identity(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """What a checkpoint must have been made with to be gone on from."""
+    settings = {name: value for name, value in to_dict(config.train).items() if name not in MAY_CHANGE}
+    settings["optim"] = {name: value for name, value in settings["optim"].items() if name != "zero_stage"}
+    return {
+        "model": to_dict(config.model),
+        "train": settings,
+        "catalogue": inputs.catalog.version,
+        "data": inputs.prepared.meta.fingerprint,
+    }
+
+
+def limits(config: Config) -> dict[str, Any]:
+    """What ends a run."""
+    return {name: value for name, value in to_dict(config.train).items() if name in LIMITS}
+
+
+def begun_with(found: Checkpoint, config: Config, inputs: Inputs) -> str | None:
+    """The first thing in which a checkpoint differs from what this run would make, or None when it can be gone on from."""
+    saved, wanted = _flat(found.meta), _flat(identity(config, inputs))
+    for name, value in wanted.items():
+        if saved.get(name) != value:
+            return f"{name} was {saved.get(name)} and is now {value}"
+    return None
+
+
+def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{where}{name}.") if isinstance(value, dict) else {f"{where}{name}": value}
+    return found

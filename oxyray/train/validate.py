@@ -1,0 +1,117 @@
+"""Validation during training: loss and hit rate by generation on a fixed sample of the validation split.
+
+The sample is drawn once, by the seed, and dealt out to the ranks by batches. A request sees what it could see when it was asked: its
+user's earlier events of the training and validation splits. Lists come from the same beam search that serves, within the scenario's pool,
+seen items allowed ("as specified"). This chooses when to stop and which weights to keep; the table of results is the business of `oxyray
+evaluate`.
+
+Legend: R requests, K items of a list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from oxyray.config import Config
+from oxyray.data.batch import Batch
+from oxyray.data.requests import Timeline, request_segments, timeline
+from oxyray.generate.engine import Generator
+from oxyray.model.inputs import Inputs
+from oxyray.model.policy import Policy
+from oxyray.train.engine import TrainEngine
+
+TOP = 10
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Requests of one scenario: the batch, and their targets as catalogue indices."""
+
+    batch: Batch
+    scenario: str
+    target_R: np.ndarray
+
+
+class Validation:
+    """Ready to be measured again and again. `requests` is the size of the sample over all ranks; with 0 there is nothing to measure."""
+
+    def __init__(self, config: Config, inputs: Inputs, rank: int, world: int) -> None:
+        self.config, self.inputs = config, inputs
+        pieces = _pieces(config, inputs)
+        self.requests = sum(len(piece.target_R) for piece in pieces)
+        mine: list[_Piece | None] = list(pieces[rank::world])
+        self._pieces = mine + [None] * (-(-len(pieces) // world) - len(mine))
+        self._generator: Generator | None = None
+
+    def measure(self, engine: TrainEngine, policy: Policy) -> dict[str, float]:
+        """`valid_loss` (weighted mean), `valid_hit` and `valid_ndcg` of the top 10 items over the whole sample, the same on every rank.
+        Collective. `policy` has whole weights: the engine's own, or under ZeRO-3 a copy."""
+        generator = self._ready(policy)
+        training = policy.training
+        policy.eval()
+        sums = torch.zeros(4, dtype=torch.float64)
+        try:
+            for piece in self._pieces:
+                sums += self._one(engine, generator, piece)
+        finally:
+            policy.train(training)
+        sums = sums.to(engine.device)
+        dist.all_reduce(sums)
+        loss, weight, hits, gain = sums.tolist()
+        return {"valid_loss": loss / weight, "valid_hit": hits / self.requests, "valid_ndcg": gain / self.requests}
+
+    @torch.no_grad()
+    def _one(self, engine: TrainEngine, generator: Generator, piece: _Piece | None) -> torch.Tensor:
+        """Sums of loss, weight, hits, gains. A rank without a piece takes part in the lookup."""
+        if piece is None:
+            engine.lookup({})
+            return torch.zeros(4, dtype=torch.float64)
+        batch = piece.batch.to(engine.device)
+        rows = engine.lookup(batch.lookups())
+        generator.lookup = lambda ids: rows
+        torch.manual_seed(self.config.train.seed)
+        loss = generator.policy.loss(batch, rows).total
+        pool = generator.pool(piece.scenario, self.inputs.prepared.pools[piece.scenario])
+        found_RK = generator.generate(batch, TOP, pool).item_BR
+        hit_RK = found_RK == piece.target_R[:, None]
+        gain = (hit_RK / np.log2(np.arange(TOP) + 2)).sum()
+        return torch.tensor([float(loss), batch.weight(), float(hit_RK.sum()), float(gain)], dtype=torch.float64)
+
+    def _ready(self, policy: Policy) -> Generator:
+        if self._generator is None or self._generator.policy is not policy:
+            counts_I, settings = self.inputs.prepared.train_counts_I(), self.config.generate
+            self._generator = Generator(policy, lambda ids: {}, self.inputs.catalog.index, counts_I, settings.beams, settings.normalise)
+        return self._generator
+
+
+def _pieces(config: Config, inputs: Inputs) -> list[_Piece]:
+    """The sample, in batches of one scenario each."""
+    prepared, collate = inputs.prepared, inputs.collator(config.model, config.train.action_weights)
+    pieces = []
+    for time, rows in _sample(inputs, config.train.eval_requests, config.train.seed):
+        for scenario in np.unique(time.scenario_E[rows]):
+            of_scenario = rows[time.scenario_E[rows] == scenario]
+            for first in range(0, len(of_scenario), config.generate.requests_per_batch):
+                part = of_scenario[first : first + config.generate.requests_per_batch]
+                batch = collate(time, request_segments(time, part, config.model.history))
+                pieces.append(_Piece(batch, prepared.meta.scenarios[scenario], time.item_E[part]))
+    return pieces
+
+
+def _sample(inputs: Inputs, limit: int, seed: int) -> list[tuple[Timeline, np.ndarray]]:
+    """At most `limit` validation events, uniformly drawn over all parts: timelines and rows of them."""
+    prepared = inputs.prepared
+    counts = [int((prepared.events(part, ["split"])["split"] == 1).sum()) for part in range(prepared.parts)]
+    chosen = np.random.default_rng(seed).permutation(sum(counts))[:limit]
+    sample, first = [], 0
+    for part, count in enumerate(counts):
+        here = np.sort(chosen[(chosen >= first) & (chosen < first + count)] - first)
+        first += count
+        if len(here):
+            time = timeline(prepared.events(part), splits=(0, 1))
+            sample.append((time, np.flatnonzero(time.split_E == 1)[here]))
+    return sample
