@@ -1,8 +1,8 @@
 """The prefix index: every legal SID prefix as flat arrays.
 
-The distinct SIDs, sorted, form a tree whose level-l nodes are the distinct prefixes of length l+1. Children of a node are contiguous, so one
-offset array a level describes any ragged fan-out exactly. Decoding walks it; the tied head averages item vectors over it; nothing else is needed
-to guarantee that only real items are generated (paper 3.2, prefix-constrained decoding).
+The distinct SIDs, sorted, form a tree whose level-l nodes are the distinct prefixes of length l+1. Children of a node are contiguous, so
+one offset array a level describes any ragged fan-out exactly. Decoding walks it; the tied head averages item vectors over it; nothing else
+is needed to guarantee that only real items are generated (paper 3.2, prefix-constrained decoding).
 
 Legend: I items, L levels, n_l nodes at level l.
 """
@@ -18,10 +18,10 @@ from oxyray.errors import CatalogueError
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrefixIndex:
-    """`code[l][n]` is node n's own code; its children at level l+1 are the range `first_child[l][n] : first_child[l][n + 1]`; the items of leaf n
-    are `leaf_items[leaf_offset[n] : leaf_offset[n + 1]]` (item indices, ascending)."""
+    """`code[l][n]` is node n's own code; its children at level l+1 are the range `first_child[l][n] : first_child[l][n + 1]`; the items of
+    leaf n are `leaf_items[leaf_offset[n] : leaf_offset[n + 1]]` (item indices, ascending)."""
 
     width: int
     code: tuple[Array, ...]
@@ -34,11 +34,13 @@ class PrefixIndex:
     def from_codes(cls, codes_IL: Array, width: int, items_I: Array | None = None) -> PrefixIndex:
         """Index the SIDs `codes_IL` of items `items_I` (default 0..I-1). Raises CatalogueError on no items or codes outside 0..width-1."""
         codes_IL = np.asarray(codes_IL)
-        if codes_IL.ndim != 2 or len(codes_IL) == 0:
+        if codes_IL.ndim != 2 or codes_IL.size == 0:
             raise CatalogueError(f"a prefix index needs at least one item; codes have shape {codes_IL.shape}")
         if codes_IL.min() < 0 or codes_IL.max() >= width:
             raise CatalogueError(f"codes must lie in 0..{width - 1}, found {codes_IL.min()}..{codes_IL.max()}")
         items_I = np.arange(len(codes_IL)) if items_I is None else np.asarray(items_I)
+        if items_I.shape != (len(codes_IL),):
+            raise CatalogueError(f"each SID belongs to one item; got {len(codes_IL)} SIDs and items of shape {items_I.shape}")
         levels = codes_IL.shape[1]
         order = np.lexsort((items_I, *(codes_IL[:, level] for level in reversed(range(levels)))))
         sorted_IL = codes_IL[order]
