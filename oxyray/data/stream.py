@@ -6,6 +6,7 @@ losing a step. One part file is in memory at a time.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -118,16 +119,20 @@ class SegmentStream:
         self.position = {"epoch": int(state["epoch"]), "step": int(state["step"])}
 
     def batches(self, rank: int = 0, world: int = 1, micro_batches: int = 1) -> Iterator[list[Batch]]:
-        """Endless: from `position` on, this rank's micro-batches of each step. A slice may be empty of queries when a step has few
-        segments."""
+        """Endless: from `position` on, this rank's micro-batches of each step. Where a step has too few segments for all, a slice is a segment
+        of the step with weight 0, so that its worker takes part all the same."""
         while True:
             for step, (time, segments) in enumerate(self._epoch(self.position["epoch"])):
                 if step < self.position["step"]:
                     continue
                 self.position = {"epoch": self.position["epoch"], "step": step + 1}
                 pieces = [segments.take(np.arange(rank + world * m, len(segments), world * micro_batches)) for m in range(micro_batches)]
-                yield [self.collate(time, piece) for piece in pieces]
+                yield [self.collate(time, piece) if len(piece) else self._weightless(time, segments) for piece in pieces]
             self.position = {"epoch": self.position["epoch"] + 1, "step": 0}
+
+    def _weightless(self, time: Timeline, segments: Segments) -> Batch:
+        batch = self.collate(time, segments.take(np.arange(1)))
+        return dataclasses.replace(batch, weight_Q=torch.zeros_like(batch.weight_Q))
 
     def _epoch(self, epoch: int) -> Iterator[tuple[Timeline, Segments]]:
         # Overfitting sees the first steps of the first epoch for ever.
