@@ -54,7 +54,7 @@ class Policy(nn.Module):
         self.event_gap = nn.Embedding(Clock.GAPS, D) if vocab.clock else None
         self.profile = nn.ModuleList(nn.Embedding(size, D) for size in vocab.profile)
         self.user = nn.Linear(config.row_dim, D, bias=False) if config.user_table else None
-        self.profile_base = nn.Parameter(torch.zeros(D))
+        self.profile_base = nn.Parameter(torch.randn(D) * 0.05)  # not zero: normalising zeros blows the gradient up
         self.dropout = Dropout(config.dropout)
         self.input_norm = RMSNorm(D)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
