@@ -29,9 +29,10 @@ class Beams:
 
 @dataclass(frozen=True)
 class Pool:
-    """Legal nodes by level: `node[l]` is a bool over the n_l nodes."""
+    """Legal nodes by level, `node[l]` a bool over the n_l nodes, and the items themselves: a legal SID may also have items outside the pool."""
 
     node: tuple[Tensor, ...]
+    item_I: Tensor
 
     @classmethod
     def of_items(cls, tree: Tree, allowed_I: Tensor, name: str = "pool") -> Pool:
@@ -44,7 +45,7 @@ class Pool:
             mask = torch.zeros(len(tree.code(level)), dtype=torch.bool, device=path_AL.device)
             mask[path_AL[:, level]] = True
             masks.append(mask)
-        return cls(tuple(masks))
+        return cls(tuple(masks), allowed_I)
 
 
 @torch.no_grad()

@@ -63,9 +63,9 @@ class Generator:
             beams = beam_search(self.policy, batch, self.lookup(batch.lookups()), self.beams, pool, self.normalise)
         finally:
             self.policy.train(training)
-        return self._resolve(beams, items, exclude)
+        return self._resolve(beams, items, None if pool is None else pool.item_I.cpu().numpy(), exclude)
 
-    def _resolve(self, beams: Beams, items: int, exclude: list[np.ndarray] | None) -> Generated:
+    def _resolve(self, beams: Beams, items: int, allowed_I: np.ndarray | None, exclude: list[np.ndarray] | None) -> Generated:
         leaf_BK, logprob_BK = beams.leaf_BK.cpu().numpy(), beams.logprob_BK.float().cpu().numpy()
         item_BR = np.full((len(leaf_BK), items), -1, dtype=np.int64)
         score_BR = np.full((len(leaf_BK), items), -np.inf, dtype=np.float32)
@@ -78,9 +78,10 @@ class Generator:
                 else np.empty(0, np.int64)
             )
             score = np.repeat(logprob_BK[b][real], last - first)
+            keep = np.ones(len(found), dtype=bool) if allowed_I is None else allowed_I[found]
             if exclude is not None and len(exclude[b]):
-                keep = ~np.isin(found, exclude[b])
-                found, score = found[keep], score[keep]
+                keep &= ~np.isin(found, exclude[b])
+            found, score = found[keep], score[keep]
             size = min(items, len(found))
             item_BR[b, :size], score_BR[b, :size] = found[:size], score[:size]
         return Generated(item_BR, score_BR, leaf_BK, logprob_BK)

@@ -103,6 +103,14 @@ def test_shared_sids_resolve_by_the_stated_rule_and_exclusions_hold():
     assert len(items) == 58
 
 
+def test_items_outside_the_pool_are_left_out_of_shared_sids():
+    toy = Toy(items=60, width=2)
+    allowed = np.arange(60) % 3 == 0
+    generator = Generator(toy.policy, toy.lookup, toy.index, np.zeros(60), beams=8)
+    found = generator.generate(toy.request_batch(np.array([5])), items=60, pool=generator.pool("thirds", allowed))
+    assert sorted(found.item_BR[0][found.item_BR[0] >= 0].tolist()) == np.flatnonzero(allowed).tolist()
+
+
 def test_an_empty_pool_is_a_typed_error():
     toy = Toy()
     with pytest.raises(GenerationError, match="holds no item"):
