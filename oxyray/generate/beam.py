@@ -29,7 +29,8 @@ class Beams:
 
 @dataclass(frozen=True)
 class Pool:
-    """Legal nodes by level, `node[l]` a bool over the n_l nodes, and the items themselves: a legal SID may also have items outside the pool."""
+    """Legal nodes by level, `node[l]` a bool over the n_l nodes, and the items themselves: a legal SID may also have items outside the
+    pool."""
 
     node: tuple[Tensor, ...]
     item_I: Tensor
