@@ -23,8 +23,9 @@ from oxyray.errors import ClusterError
 _LEAST_STORE = 80 * 2**20  # Ray refuses a smaller object store
 
 
-def start(config: ClusterConfig, local_cpus: int | None = None) -> str:
+def start(config: ClusterConfig, local_cpus: int | None = None, quiet: bool = False) -> str:
     """Make sure that this process has Ray; gives one line on how. `local_cpus` is what a local Ray offers at least (tests, small machines).
+    `quiet` keeps what other processes print out of this one's output; it stays in Ray's own logs.
 
     Raises ClusterError when Ray does not start or answer within `config.start_timeout_s` seconds.
     """
@@ -37,7 +38,7 @@ def start(config: ClusterConfig, local_cpus: int | None = None) -> str:
     with _limit(config.start_timeout_s, f"Ray ({config.address}) did not answer within {config.start_timeout_s:.0f} s"):
         try:
             if config.address != "local":
-                ray.init(address=config.address, log_to_driver=True, logging_level=logging.ERROR)
+                ray.init(address=config.address, log_to_driver=not quiet, logging_level=logging.ERROR)
                 return f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
             cpus = max(config.cpus or os.cpu_count() or 1, local_cpus or 0)
             ray.init(
@@ -45,11 +46,13 @@ def start(config: ClusterConfig, local_cpus: int | None = None) -> str:
                 num_cpus=cpus,
                 object_store_memory=store_bytes(config.object_store_gb),
                 include_dashboard=False,
-                log_to_driver=True,
+                log_to_driver=not quiet,
                 logging_level=logging.ERROR,
             )
             return f"started Ray with {cpus} CPUs"
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except ClusterError:
+            raise
+        except Exception as error:  # Ray raises bare ones too: a node that is slow to start does
             mend = (
                 "start one with `ray start --head`, or leave cluster.address=local" if config.address != "local" else "see `oxyray doctor`"
             )

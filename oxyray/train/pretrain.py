@@ -51,7 +51,7 @@ def pretrain(config: Config, run: Run) -> None:
     for name in ("stop", "error.json", "progress.json"):
         (folder / name).unlink(missing_ok=True)
     del inputs  # the workers read their own
-    start(config.cluster, local_cpus=config.train.workers)
+    start(config.cluster, local_cpus=config.train.workers, quiet=True)
     with _Watch(folder) as watch, _stop_on_sigterm(folder / "stop"):
         _fit(config, run)
     _raise_left_error(folder)
@@ -155,13 +155,17 @@ def _worker(settings: dict[str, Any]) -> None:
     except OxyrayError as error:
         write_json(left, {"kind": type(error).__name__, "message": str(error), "rank": rank})
         raise
+    except Exception:
+        logging.getLogger(__name__).exception("worker %d failed", rank)
+        raise
 
 
 def _log_to(run: Run, rank: int) -> None:
     """A worker's warnings go to the attempt's log folder, where there is one."""
     folder = run.path("logs", "latest")
     if folder.is_dir():
-        handler = logging.FileHandler(folder / f"pretrain-worker{rank}.log")
+        handler = logging.FileHandler(folder / f"pretrain-worker{rank}.log", delay=True)
+        handler.setLevel(logging.WARNING)
         handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"))
         logging.getLogger().addHandler(handler)
 

@@ -146,7 +146,7 @@ class Session:
         micro_batches = next(batches)
         waited = time.perf_counter() - begun
         stats = self.engine.step(micro_batches, min(share, 1.0))
-        self._meter.add(stats, waited, sum(batch.queries for batch in micro_batches), time.perf_counter() - begun)
+        self._meter.add(stats, waited, sum(int((batch.weight_Q > 0).sum()) for batch in micro_batches), time.perf_counter() - begun)
         if self.engine.step_count % self.log_every == 0 or self.engine.step_count in (1, self.total_steps):
             self._log({"epoch": round(self.engine.step_count / self.steps_per_epoch, 3)} | self._meter.read())
         self._tell()

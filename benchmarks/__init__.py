@@ -1,0 +1,1 @@
+"""Measured claims: one file a claim, `python -m benchmarks.NAME [--quick]`; results lie in `benchmarks/results/`."""
