@@ -184,13 +184,16 @@ def _distinct(left_N: Array, right_N: Array) -> Array:
     return np.stack([key_N // span, key_N % span])
 
 
-def recompute(path: Path, prepared: Prepared, leaf_I: Array | None, ks: Sequence[int], resamples: int = 0, seed: int = 0) -> dict[str, Any]:
+def recompute(
+    path: str | Path, prepared: Prepared, leaf_I: Array | None, ks: Sequence[int], resamples: int = 0, seed: int = 0
+) -> dict[str, Any]:
     """The results of `predictions.parquet`: `table` (means with 95% intervals for every model, protocol, level, overall and by
     scenario) and `against` (the first model less each other one, paired). `leaf_I` maps items to SIDs; without it there is no SID
     level.
 
     Raises RunError when the file is of other data.
     """
+    path = Path(path)
     known, positives, metric_names = models(path), Positives.of(prepared), names(ks)
     table: list[dict[str, Any]] = []
     against: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ Legend: R rows, S scenarios, I items.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from oxyray.evaluate.baselines import Lists, Recommends
 from oxyray.evaluate.baselines.knn import Knn
 from oxyray.evaluate.baselines.popularity import Popularity
 from oxyray.evaluate.lists import PROTOCOLS, kept, legal, seen, sids
+from oxyray.evaluate.optimum import best_possible
 from oxyray.evaluate.predictions import Writer, recompute
 from oxyray.evaluate.requests import TEST, Requests, asked
 from oxyray.evaluate.table import published, text
@@ -81,8 +82,11 @@ def evaluate(config: Config, run: Run) -> None:
     models: list[Recommends] = [policy, *baselines(config, run, inputs.prepared, device)]
     with whole(run.path("evaluate")) as part:
         part.mkdir(parents=True)
-        results = measure(config, inputs, models, part, log=lambda line: run.log("evaluate", line))
+        requests = list(asked(inputs.prepared, TEST, config.evaluate.max_requests, config.seed))
+        results = measure(config, inputs, models, requests, part)
+        results["optimum"] = best_possible(run, inputs.prepared, requests, config.evaluate.ks, config.seed)
         write_json(part / "metrics.json", results)
+    run.log("evaluate", {"seconds": results["seconds"]})
     for line in results["table"]:
         if line["scenario"] is None:
             run.log("evaluate", {key: line[key] for key in ("model", "protocol", "level", "requests")} | line["metrics"])
@@ -110,11 +114,10 @@ def pools(prepared: Prepared) -> Array:
     return np.stack([prepared.pools[name] for name in prepared.meta.scenarios])
 
 
-def measure(config: Config, inputs: Inputs, models: list[Recommends], folder: Any, log: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def measure(config: Config, inputs: Inputs, models: list[Recommends], requests: list[Requests], folder: Path) -> dict[str, Any]:
     """Ask every model, write `folder/predictions.parquet`, recompute the results from it. The first model is compared with each
     other one."""
     prepared, catalog, settings = inputs.prepared, inputs.catalog, config.evaluate
-    requests = list(asked(prepared, TEST, settings.max_requests, config.seed))
     total = sum(map(len, requests))
     if not total:
         raise RunError(f"{prepared.folder} has no test events: give more data, or another data.split, and run `oxyray prepare` again")
@@ -130,7 +133,6 @@ def measure(config: Config, inputs: Inputs, models: list[Recommends], folder: An
             )
             seconds[model.name] = round(time.monotonic() - began, 2)
     results = recompute(path, prepared, leaf_I, settings.ks, settings.bootstrap, config.seed)
-    log({"seconds": seconds})
     about = {
         "data": prepared.meta.name, "fingerprint": prepared.meta.fingerprint, "catalogue": catalog.version, "split": prepared.meta.split,
         "requests": total, "requests_in_split": prepared.meta.splits["test"], "seed": config.seed, "ks": list(settings.ks),

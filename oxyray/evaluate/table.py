@@ -16,6 +16,7 @@ Results = dict[str, Any]
 TITLES = {"all": "as specified: the scenario's whole pool", "seen_out": "seen out: items of the user's history left out"}
 LEVEL_TITLES = {"item": "item level", "sid": "SID level (items that share a SID count as one)"}
 MODEL_TITLES = {"policy": "OxyRay policy", "popularity": "popularity", "knn": "co-visitation KNN", "sasrec": "SASRec"}
+OPTIMUM_TITLES = {"public": "best possible, from the log", "hidden": "best possible, shopper known"}
 _SHORT = {"Recall": "R", "NDCG": "N"}
 
 
@@ -43,7 +44,7 @@ def text(results: Results) -> str:
     for level in dict.fromkeys(e["level"] for e in results["table"]):
         for protocol in PROTOCOLS:
             lines += ["", f"{LEVEL_TITLES[level]} - {TITLES[protocol]}", *_block(results, models, protocol, level, ks)]
-    lines += _scenarios(results, models, ks)
+    lines += _distance(results, models, ks) + _scenarios(results, models, ks)
     lines += _against(results, ks)
     outside = ", ".join(f"{model} {share:.2%}" for model, share in results["outside_pool"].items())
     lines += ["", f"  recommended places that held an item outside the scenario's pool: {outside}"]
@@ -57,18 +58,41 @@ def _block(results: Results, models: Sequence[str], protocol: str, level: str, k
     head = [name.replace("Recall", "R" if not same else "HR=R").replace("NDCG", "N") for name in columns]
     outside = results["published"] if level == "item" else []
     outside = [row for row in outside if row["protocol"] in (None, protocol)]
-    wide = max([len(title) for title, _ in rows] + [len(_cited(row)) for row in outside] + [len("model")])
+    optimum = results.get("optimum") if (level, protocol) == ("item", "all") else None
+    best = [(title, best_possible(optimum, name, None)) for name, title in OPTIMUM_TITLES.items()] if optimum else []
+    wide = max([len(title) for title, _ in [*rows, *best]] + [len(cited(row)) for row in outside] + [len("model")])
     lines = [f"  {'model':<{wide}}" + "".join(f"{name:>10}" for name in head)]
     lines += [f"  {title:<{wide}}" + "".join(f"{e['metrics'][name]:>10.4f}" for name in columns) for title, e in rows]
+    for title, metrics in best:
+        lines.append(f"  {title:<{wide}}" + "".join(f"{_number(metrics.get(name)):>10}" for name in columns))
     for row in outside:
         values = [row.get(f"{_SHORT.get(kind, kind)}@{k}") for kind, k in (name.split("@") for name in columns)]
-        lines.append(f"  {_cited(row):<{wide}}" + "".join(f"{'-' if value is None else format(value, '.4f'):>10}" for value in values))
+        lines.append(f"  {cited(row):<{wide}}" + "".join(f"{_number(value):>10}" for value in values))
     if any(row["protocol"] is None for row in outside):
         lines.append("  * published; its source does not say which protocol and level it used")
     return lines
 
 
-def _cited(row: dict[str, Any]) -> str:
+def _distance(results: Results, models: Sequence[str], ks: Sequence[int]) -> list[str]:
+    """How far each model is on the way to the computable optimum."""
+    if not results.get("optimum"):
+        return []
+    name, rows = f"HR@{shown_k(ks)}", [(model, entry(results, model, "all")) for model in models]
+    goal = best_possible(results["optimum"], "public", None)[name]
+    reached = ", ".join(f"{MODEL_TITLES.get(model, model)} {row['metrics'][name] / goal:.0%}" for model, row in rows if row)
+    return ["", f"share of the best possible {name} ({goal:.4f}, on {results['optimum']['requests']:,} of the requests): {reached}"]
+
+
+def best_possible(optimum: dict[str, Any], knowledge: str, scenario: str | None) -> dict[str, float]:
+    """The embedded shop's best HR@K in one scenario (None: overall); empty where it was not computed."""
+    return next((row["metrics"] for row in optimum[knowledge] if row["scenario"] == scenario), {})
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def cited(row: dict[str, Any]) -> str:
     return f"{row['system']} ({row['source']})" + ("" if row["protocol"] else " *")
 
 

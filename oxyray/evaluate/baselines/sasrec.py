@@ -206,7 +206,8 @@ def train(
     log: Callable[[dict[str, float]], None] = lambda line: None,
     valid_requests: int = 10_000,
 ) -> Sasrec:
-    """Train until validation R@10 has not risen for `patience` epochs, or `epochs` or `max_minutes` are over; the best epoch's
+    """Train until validation R@10 has not risen for `patience` epochs (each such epoch halves the learning rate), or `epochs` or
+    `max_minutes` are over; the best epoch's
     weights are kept."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -216,7 +217,7 @@ def train(
     model = Sasrec(net, config, pool_SI, fallback, device)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.98))
     best_recall, best_epoch, best_weights, began = -1.0, 0, _copy(net), clock.monotonic()
-    steps = bar(None, "SASRec", "step")
+    steps = bar(config.epochs * (1 + len(wins.target_T) // config.targets_per_step), "SASRec (stops early)", "step")
     for epoch in range(1, config.epochs + 1):
         loss_sum = 0.0
         for rows_B in _steps(wins, config.targets_per_step, rng):
@@ -230,6 +231,9 @@ def train(
         )
         if recall > best_recall:
             best_recall, best_epoch, best_weights = recall, epoch, _copy(net)
+        else:
+            for group in optimizer.param_groups:
+                group["lr"] /= 2
         if epoch - best_epoch >= config.patience or _over(began, config.max_minutes):
             break
     steps.close()
