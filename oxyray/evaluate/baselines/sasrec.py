@@ -28,7 +28,8 @@ from oxyray.progress import bar
 Tensor = torch.Tensor
 Array = np.ndarray
 
-_SLAB = 128
+# Rows of logits at a time: few enough to stay in a processor's cache, many enough to fill a GPU.
+_SLAB = {"cpu": 128, "cuda": 4096}
 
 
 class FullCrossEntropy(torch.autograd.Function):
@@ -39,8 +40,9 @@ class FullCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, h_TD: Tensor, table_ID: Tensor, target_T: Tensor) -> Tensor:
         total = h_TD.new_zeros(())
         grad_h_TD, grad_table_ID = torch.empty_like(h_TD), torch.zeros_like(table_ID)
-        for first in range(0, len(h_TD), _SLAB):
-            rows = slice(first, first + _SLAB)
+        slab = _SLAB.get(h_TD.device.type, 1024)
+        for first in range(0, len(h_TD), slab):
+            rows = slice(first, first + slab)
             logit = h_TD[rows] @ table_ID.T
             mine = torch.arange(len(logit), device=logit.device)
             logit -= logit.amax(dim=1, keepdim=True)
