@@ -1,8 +1,8 @@
 """The embedded shop: a seeded simulator whose choice probabilities are known, so that every result has a computable optimum beside it.
 
-`write(config, folder)` writes a shop's canonical tables and its truth. How the shop works is told in `docs/mall.md`; the parts are: what is sold
-(`goods`, `catalogue`, `texts`, `pictures`), when and to whom (`calendar`, `people`, `visits`), why (`memory`, `utility`), how it is logged
-(`simulate`, `queries`, `slates`, `tables`), and what could best be done (`belief`, `optimum`).
+`write(config, folder)` writes a shop's canonical tables and its truth. How the shop works is told in `docs/mall.md`; the parts are:
+what is sold (`goods`, `catalogue`, `texts`, `pictures`), when and to whom (`calendar`, `people`, `visits`), why (`memory`, `utility`),
+how it is logged (`simulate`, `queries`, `slates`, `tables`), and what could best be done (`belief`, `optimum`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from oxyray.config import MallConfig
 from oxyray.data.mall import tables
-from oxyray.data.mall.simulate import blocks, live
-from oxyray.data.mall.slates import Pager
+from oxyray.data.mall.blocks import make_block, make_pagers
+from oxyray.data.mall.simulate import blocks
+from oxyray.data.mall.weights import Weights
 from oxyray.data.mall.world import SCENARIOS, SIZES, World
 from oxyray.files import write_json
 from oxyray.progress import bar
@@ -44,19 +45,8 @@ def write(config: MallConfig, folder: Path) -> None:
         for made in _blocks(world, config.workers):
             writers.add(made)
             shown.update(made["users"].num_rows)
-    write_json(folder / "truth" / "shop.json", {"mall": dataclasses.asdict(config) | {"workers": 1}, "weights": dataclasses.asdict(world.weights)})
-
-
-def make_block(world: World, pagers: list[Pager], block: int) -> dict[str, pa.Table]:
-    """Everything that one block of users adds to the log."""
-    users, requests = live(world, block)
-    made = tables.log_tables(world, pagers, requests, block)
-    return {"users": tables.users_table(users, block), "hidden": tables.hidden_users_table(world, users, block), **made}
-
-
-def make_pagers(world: World) -> list[Pager]:
-    rng = np.random.default_rng([world.seed, 5])
-    return [Pager.make(world.catalogue, pool_I, rng) for pool_I in world.pool_CI]
+    about = {"mall": dataclasses.asdict(config) | {"workers": 1}, "version": world.version(), "weights": _plain(world.weights)}
+    write_json(folder / "truth" / "shop.json", about)
 
 
 def _blocks(world: World, workers: int) -> Iterator[dict[str, pa.Table]]:
@@ -81,10 +71,15 @@ def _write_items(world: World, path: Path) -> None:
         writer.close()
 
 
+def _plain(weights: Weights) -> dict[str, float | list[float]]:
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(weights).items()}
+
+
+_FILES = {"users": "users", "hidden": "truth/users", "events": "events", "requests": "truth/requests", "exposures": "exposures"}
+
+
 class _Writers:
     """One Parquet file per table, one row group per block."""
-
-    _FILES = {"users": "users", "hidden": "truth/users", "events": "events", "requests": "truth/requests", "exposures": "exposures"}
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -94,7 +89,7 @@ class _Writers:
         return self
 
     def add(self, made: dict[str, pa.Table]) -> None:
-        for name, file in self._FILES.items():
+        for name, file in _FILES.items():
             if name not in self.open:
                 self.open[name] = pq.ParquetWriter(self.folder / f"{file}.parquet", made[name].schema)
             self.open[name].write_table(made[name])

@@ -1,7 +1,7 @@
 """Days of the shop: seasons, feasts, and the weather of each city, drawn from a seed around the city's climate.
 
-Dates are real (the lunar feasts of 2023 to 2026 stand below), cities too, so that a reasoner with knowledge of the world can use them. All
-cities share one clock, UTC+8; times are epoch seconds. Legend: D days, Y cities, P parts of the day.
+Dates are real (the lunar feasts of 2023 to 2026 stand below), cities too, so that a reasoner with knowledge of the world can use them.
+All cities share one clock, UTC+8; times are epoch seconds. Legend: D days, Y cities, P parts of the day.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ CLOCK = 8 * 3600
 
 SEASONS = ("winter", "spring", "summer", "autumn")
 PARTS = ("night", "morning", "noon", "evening")
+_PART_OF_HOUR = np.repeat([0, 1, 2, 3, 0], [6, 5, 3, 8, 2])
 CONDITIONS = ("clear", "rain", "snow", "haze")
 WARMTH = ("hot", "cold")
 
@@ -59,7 +60,7 @@ _FIXED = {
 
 @dataclass(frozen=True)
 class Calendar:
-    """`first` is the epoch second at which day 0 begins (midnight, UTC+8). `feast_D` names the feast whose shopping days these are ("" none)."""
+    """`first` is the epoch second at which day 0 begins (midnight, UTC+8). `feast_D` names a day's feast ("" none)."""
 
     first: int
     days: int
@@ -78,9 +79,8 @@ class Calendar:
         return np.clip((np.asarray(time) - self.first) // DAY, 0, self.days - 1).astype(np.int64)
 
     def part(self, time: np.ndarray) -> np.ndarray:
-        """Part of the day, an index into PARTS: night 22–6, morning 6–11, noon 11–14, evening 17–22 (the afternoon counts as evening)."""
-        hour = (np.asarray(time) - self.first) % DAY // 3600
-        return np.select([hour < 6, hour < 11, hour < 14, hour < 22], [0, 1, 2, 3], 0)
+        """Part of the day, an index into PARTS: night 22 to 6, morning to 11, noon to 14, then evening."""
+        return _PART_OF_HOUR[(np.asarray(time) - self.first) % DAY // 3600]
 
     def date(self, day: int) -> dt.date:
         return dt.date.fromordinal(LAST_DAY.toordinal() - self.days + int(day))
@@ -106,7 +106,9 @@ def build(days: int, rng: np.random.Generator) -> Calendar:
 def _feasts() -> list[tuple[str, str, int, int, dt.date]]:
     """(name, tag, days of shopping before, days it lasts, date), those that should win a shared day last."""
     years = range(2023, 2027)
-    fixed = [(name, tag, lead, lasts, dt.date(year, month, day)) for name, (tag, lead, lasts, month, day) in _FIXED.items() for year in years]
+    fixed = [
+        (name, tag, lead, lasts, dt.date(year, month, day)) for name, (tag, lead, lasts, month, day) in _FIXED.items() for year in years
+    ]
     lunar = [(name, tag, lead, 2, dt.date.fromisoformat(date)) for name, (tag, lead, dates) in _LUNAR.items() for date in dates]
     return fixed + lunar
 

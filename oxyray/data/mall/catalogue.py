@@ -1,8 +1,8 @@
 """The catalogue: brands, shelves and items with their words, prices and hidden quality, drawn from a seed.
 
-A *shelf* is one brand's items of one product type; items are numbered in shelf order, so that a product type and a shelf are each one range
-of item numbers. That makes the three-stage choice (product type, shelf, item) exact and cheap at a million items. Public ids are a seeded
-permutation of those numbers and tell nothing.
+A *shelf* is one brand's items of one product type; items are numbered in shelf order, so that a product type and a shelf are each one
+range of item numbers. That makes the three-stage choice (product type, shelf, item) exact and cheap at a million items. Public ids are
+a seeded permutation of those numbers and tell nothing.
 
 Legend: F product types, S shelves, I items, M brands, A taste axes, C scenarios.
 """
@@ -14,17 +14,10 @@ from functools import cached_property
 
 import numpy as np
 
-from oxyray.data.mall.goods import AXES, FAMILIES, Goods, Words, models
+from oxyray.data.mall.goods import AXES, FAMILIES, Goods, Words, models, sections
 
-SERIES = (
-    "Alder Arc Aura Birch Breeze Canyon Cedar Cirrus Cloud Coast Comet Delta Drift Dune Echo Ember Fern Field Finch Flow Frost Glade Grove Halo Harbor Haven "
-    "Isle Juniper Lake Lark Loft Lotus Luna Maple Meadow Mesa Mist Moss Nimbus Oak Orchid Peak Pine Plain Pond Prairie Reed Ridge River Robin Sage Shore Sierra "
-    "Slope Sol Stone Terra Tide Trail Vale Wave Willow Wren Zephyr"
-).split()
-_ONSETS = "B Br C Cl D F G Gr H J K L M N P Pr R S St T Tr V W Y Z".split()
-_VOWELS = "a e i o u ai ea io".split()
-_MIDS = "l n r m v s nd lm rt st ll nn".split()
-_ENDS = "a o en is ora elle ix um ara on eo ine ovo".split()
+_NAMES = {name: entry.split() for name, entry in sections("words.txt")["names"].items()}
+SERIES = tuple(_NAMES["series"])
 
 TIERS = ("value", "middle", "premium")
 _TIER_SHARE = (0.36, 0.38, 0.26)
@@ -125,7 +118,7 @@ def _starts(count: np.ndarray) -> np.ndarray:
 
 
 def _brands(goods: Goods, shelves_F: np.ndarray, rng: np.random.Generator) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
-    """Each department has its brands; a product type's shelves go to some of them. Returns names, tiers, styles and the brand of each shelf."""
+    """Each department has its brands; a product type's shelves go to some of them. Returns names, tiers, styles, each shelf's brand."""
     department_F = goods.codes("department")
     names: dict[str, None] = {}
     tiers, brand_S = [], np.zeros(int(shelves_F.sum()), np.int64)
@@ -135,9 +128,11 @@ def _brands(goods: Goods, shelves_F: np.ndarray, rng: np.random.Generator) -> tu
         number = int(np.ceil(1.5 * shelves_F[here].max())) + 2
         first = len(names)
         while len(names) < first + number:
-            syllables = [_ONSETS, _VOWELS, _MIDS, _ENDS]
+            syllables = [_NAMES[part] for part in ("onset", "vowel", "middle", "end")]
             names.setdefault("".join(str(rng.choice(part)) for part in syllables))
-        tiers.append(np.tile(np.repeat(np.arange(3), np.round(np.array(_TIER_SHARE) * 8).astype(int)), -(-number // 8))[rng.permutation(number)])
+        tiers.append(
+            np.tile(np.repeat(np.arange(3), np.round(np.array(_TIER_SHARE) * 8).astype(int)), -(-number // 8))[rng.permutation(number)]
+        )
         for kind in here:
             brand_S[start_F[kind] : start_F[kind + 1]] = first + rng.choice(number, shelves_F[kind], replace=False)
     tier_M = np.concatenate(tiers).astype(np.int8)
@@ -166,7 +161,8 @@ def _fits(
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     """Models: each belongs to a brand that makes them. `fit_I` is the model an item is, or is made for; -1 none."""
     fit_I = np.full(len(shelf_I), -1, np.int32)
-    fit_names, family_X = [], []
+    fit_names: list[str] = []
+    family_X: list[int] = []
     type_I = type_S[shelf_I]
     for family in range(len(FAMILIES)):
         makers = np.flatnonzero(goods.numbers("makes")[type_S] == family)
@@ -192,7 +188,7 @@ def _prices(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Price, list price and the price's rank within its product type, 0..1. Log-normal by type and tier; later variants are larger."""
     list_I = goods.numbers("price")[type_I] * _TIER_PRICE[tier_I] * np.exp(rng.normal(0, 0.22, len(type_I)) + 0.12 * variant_I)
-    deal_I = np.where(rng.random(len(type_I)) < 0.45, rng.uniform(0.6, 0.85, len(type_I)), 1.0)
+    deal_I = np.where(rng.random(len(type_I)) < 0.6, rng.uniform(0.6, 0.86, len(type_I)), 1.0)
     price_I = np.maximum(np.round(list_I * deal_I), 1) - 0.01
     rank_I = np.zeros(len(type_I), np.float32)
     order = np.lexsort((price_I, type_I))

@@ -1,7 +1,7 @@
 """What the shop sells: product types, words and complements, read from the three text files beside this module.
 
-Words are what text, picture and utility share: a title's colour is the picture's colour, and colour, material and style word lie on the axes along
-which people's tastes differ (`AXES`), so that content predicts taste in part.
+Words are what text, picture and utility share: a title's colour is the picture's colour, and colour, material and style word lie on the
+axes along which people's tastes differ (`AXES`), so that content predicts taste in part.
 
 Legend: F product types (the leaves of the category tree), A taste axes, W words of a group.
 """
@@ -91,29 +91,40 @@ def load(departments: tuple[str, ...] | None = None) -> Goods:
 @cache
 def words() -> dict[str, dict[str, Words]]:
     """{"palette": {...}, "material": {...}, "style": {...}} by group name."""
-    found: dict[str, dict[str, Words]] = {}
-    section = ""
-    for line in _lines("words.txt"):
-        if line.startswith("["):
-            section = line[1:-1]
-        elif section != "models":
-            name, entries = (part.strip() for part in line.split("=", 1))
-            found.setdefault(section, {})[name] = (_palette if section == "palette" else _group)(entries)
-    return found
+    read = {"palette": _palette, "material": _group, "style": _group}
+    return {name: {group: make(entries) for group, entries in sections("words.txt")[name].items()} for name, make in read.items()}
 
 
 @cache
 def models() -> dict[str, tuple[str, ...]]:
     """By family, the names of models that accessories are made for, the commonest first."""
     found = {}
-    lines = _lines("words.txt")
-    for line in lines[lines.index("[models]") + 1 :]:
-        name, rest = (part.strip() for part in line.split("=", 1))
-        first, second = (part.split() for part in rest.split("|"))
-        found[name] = tuple(
-            f"{first[i % len(first)]} {second[(i % len(first) + i // len(first)) % len(second)]}" for i in range(len(first) * len(second))
-        )
+    for name, text in sections("words.txt")["models"].items():
+        first, second = (part.split() for part in text.split("|"))
+        count = len(first) * len(second)
+        found[name] = tuple(f"{first[i % len(first)]} {second[(i % len(first) + i // len(first)) % len(second)]}" for i in range(count))
     return found
+
+
+@cache
+def sections(file: str) -> dict[str, dict[str, str]]:
+    """A text file of `[section]` lines, each followed by lines `name = entry`."""
+    found: dict[str, dict[str, str]] = {}
+    for line in _lines(file):
+        if line.startswith("["):
+            here = found.setdefault(line[1:-1], {})
+        else:
+            name, entry = line.split("=", 1)
+            here[name.strip()] = entry.strip()
+    return found
+
+
+def on_axes(parts: list[str]) -> np.ndarray:
+    """float32 (A,): "bold -.9 luxe .2", split, as a point on the taste axes."""
+    point_A = np.zeros(len(AXES), np.float32)
+    for axis, weight in zip(parts[::2], parts[1::2], strict=True):
+        point_A[AXES.index(axis)] = float(weight)
+    return point_A
 
 
 def _lines(file: str) -> list[str]:
@@ -152,11 +163,8 @@ def _group(entries: str) -> Words:
     for entry in entries.split(";"):
         parts = entry.split()
         first = next(i for i, part in enumerate(parts) if part in AXES and parts[i + 1].lstrip("-.")[0].isdigit())
-        row = np.zeros(len(AXES), np.float32)
-        for axis, weight in zip(parts[first::2], parts[first + 1 :: 2], strict=True):
-            row[AXES.index(axis)] = float(weight)
         found.append(" ".join(parts[:first]))
-        rows.append(row)
+        rows.append(on_axes(parts[first:]))
     return Words(tuple(found), np.stack(rows), np.zeros((len(found), 3), np.float32))
 
 

@@ -1,7 +1,8 @@
-"""What the shop's log remembers of each user of a block: recent and lasting interests, brands, possessions. A function of past events alone.
+"""What the log remembers of each user of a block: interests recent and lasting, brands, possessions. It follows from past events alone.
 
-Because memory is made of logged events, a drifting interest needs no hidden state of its own: a type once tried becomes likelier, fades, is
-replaced (a decaying Pólya urn, which is a random walk of interests seen from its innovations). All decays are exponential in time.
+Because memory is made of logged events, a drifting interest needs no hidden state of its own: a type once tried becomes likelier,
+fades, is replaced (a decaying Pólya urn, which is a random walk of interests seen from its innovations). All decays are exponential in
+time.
 
 Legend: B users of the block, F product types, M brands, R recent events, H model families.
 """
@@ -40,20 +41,25 @@ class Memory:
     def empty(users: int, shop: Catalogue) -> Memory:
         types, brands = len(shop.goods), len(shop.brand_names)
         return Memory(
-            np.zeros(users, np.int64),
-            *(np.zeros((users, types), np.float32) for _ in range(3)),
-            np.zeros((users, brands), np.float32),
-            np.full((users, types), _NEVER),
-            np.full((users, types), -1, np.int32),
-            np.full((users, len(FAMILIES)), -1, np.int32),
-            np.full((users, RECENT), -1, np.int32),
-            np.full((users, RECENT), _NEVER),
+            time_B=np.zeros(users, np.int64),
+            fast_BF=np.zeros((users, types), np.float32),
+            slow_BF=np.zeros((users, types), np.float32),
+            bought_BF=np.zeros((users, types), np.float32),
+            brand_BM=np.zeros((users, brands), np.float32),
+            bought_time_BF=np.full((users, types), _NEVER),
+            bought_item_BF=np.full((users, types), -1, np.int32),
+            owned_BH=np.full((users, len(FAMILIES)), -1, np.int32),
+            recent_BR=np.full((users, RECENT), -1, np.int32),
+            recent_time_BR=np.full((users, RECENT), _NEVER),
         )
 
     def at(self, rows: np.ndarray, time: np.ndarray) -> Memory:
         """A copy of the given users' memory, faded to the given times (epoch seconds, not before their last event)."""
         days = ((time - self.time_B[rows]) / DAY).astype(np.float32)[:, None]
-        faded = {name: getattr(self, name)[rows] * np.exp2(-days / HALF_LIFE[name[:-3]]) for name in ("fast_BF", "slow_BF", "bought_BF", "brand_BM")}
+        faded = {
+            name: getattr(self, name)[rows] * np.exp2(-days / HALF_LIFE[name[:-3]])
+            for name in ("fast_BF", "slow_BF", "bought_BF", "brand_BM")
+        }
         kept = {name: getattr(self, name)[rows] for name in ("bought_time_BF", "bought_item_BF", "owned_BH", "recent_BR", "recent_time_BR")}
         return Memory(time_B=np.asarray(time), **faded, **kept)
 
@@ -63,7 +69,7 @@ class Memory:
             getattr(self, name)[rows] = value
 
     def add(self, shop: Catalogue, item_B: np.ndarray, action_B: np.ndarray, path_B: np.ndarray) -> None:
-        """One event per user, at `time_B`. Action 0 click, 1 cart, 2 purchase. What is added on the way to paying (`path_B`) moves the visit's intent less."""
+        """One event per user, at `time_B`. Action 0 click, 1 cart, 2 purchase. On the way to paying (`path_B`) it moves the intent less."""
         every = np.arange(len(item_B))
         type_B, brand_B = shop.type_I[item_B], shop.brand_I[item_B]
         self.fast_BF[every, type_B] += np.where(path_B, 0.3, 1.0)

@@ -1,7 +1,8 @@
 """Search queries: what somebody types who wants one item, and how typing goes wrong.
 
-A wish is told in one of a few forms; P(query | item) is the form's share where the item has the word, else 0. So given a query, the choice is the
-utility's choice among the matching items of the product type (Bayes' rule, exact), and `matches` is all that an optimum needs to know of it.
+A wish is told in one of a few forms; P(query | item) is the form's share where the item has the word, else 0. So given a query, the
+choice is the utility's choice among the matching items of the product type (Bayes' rule, exact), and `matches` is all that an optimum
+needs to know of it.
 
 Legend: N searches, X candidates.
 """
@@ -16,18 +17,34 @@ FORMS = ("noun", "colour", "material", "style", "brand", "model")
 _SHARE = np.array([0.30, 0.24, 0.15, 0.15, 0.16, 0.0])
 _SHARE_FITTED = np.array([0.22, 0.16, 0.08, 0.08, 0.10, 0.36])
 NOISE_SHARE = 0.35
-_NEAR = {"a": "s", "e": "r", "i": "o", "o": "p", "n": "m", "t": "r", "s": "d", "r": "t", "l": "k", "c": "v", "h": "j", "d": "f", "m": "n", "u": "i", "p": "o"}
+_NEAR = {
+    "a": "s",
+    "e": "r",
+    "i": "o",
+    "o": "p",
+    "n": "m",
+    "t": "r",
+    "s": "d",
+    "r": "t",
+    "l": "k",
+    "c": "v",
+    "h": "j",
+    "d": "f",
+    "m": "n",
+    "u": "i",
+    "p": "o",
+}
 
 
 def draw_forms(shop: Catalogue, item_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Form of the query (index into FORMS) that each wanted item is searched by. A word that all items of the type have as model counts too."""
+    """Form of the query (index into FORMS) that each wanted item is searched by."""
     fitted_N = (shop.fits_F[shop.type_I[item_N]] >= 0)[:, None]
     cumulative_NX = np.cumsum(np.where(fitted_N, _SHARE_FITTED, _SHARE), axis=1)
     return (cumulative_NX < rng.random(len(item_N))[:, None] * cumulative_NX[:, -1:]).sum(1)
 
 
 def matches(shop: Catalogue, form_N: np.ndarray, wanted_N: np.ndarray, item_NX: np.ndarray) -> np.ndarray:
-    """bool (N, X): items that the query, made for `wanted_N` in the given form, may also have been made for. Form -1: no query, all match."""
+    """bool (N, X): items that the query, made for `wanted_N` in the given form, may have been made for too. Form -1: no query, all."""
     wanted_N1, form_N1 = wanted_N[:, None], form_N[:, None]
     same = [shop.type_I[item_NX] == shop.type_I[wanted_N1]]
     same += [field[item_NX] == field[wanted_N1] for field in (shop.colour_I, shop.material_I, shop.style_word_I, shop.brand_I, shop.fit_I)]

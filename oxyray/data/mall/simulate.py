@@ -1,7 +1,7 @@
 """One block of users lives through the shop's days: visits, requests, choices, actions. A pure function of (world, block number).
 
-All users of a block take their next request together, so a step costs a few array operations for everybody. Random numbers come from streams
-named by (seed, purpose, block): the log is the same whoever computes which block, on however many workers.
+All users of a block take their next request together, so a step costs a few array operations for everybody. Random numbers come from
+streams named by (seed, purpose, block): the log is the same whoever computes which block, on however many workers.
 
 Legend: B users with a request in this step, U users of the block, N requests of the block, X candidates.
 """
@@ -16,11 +16,20 @@ from oxyray.data.mall import people, queries, visits
 from oxyray.data.mall.calendar import DAY
 from oxyray.data.mall.memory import Memory
 from oxyray.data.mall.people import Users
-from oxyray.data.mall.utility import Asked, action_probability, candidates, item_utility, persona_utility, shelf_utility, softmax, type_utility
+from oxyray.data.mall.utility import (
+    Asked,
+    action_probability,
+    candidates,
+    item_utility,
+    persona_utility,
+    shelf_utility,
+    softmax,
+    type_utility,
+)
 from oxyray.data.mall.world import SEARCH, World
 
-BLOCK = 4096
-"""Users per block; part of the shop's definition, not of how it is computed."""
+MEAN_EXTRA = 0.4
+"""Pieces of a consumable bought beyond the first, on average."""
 
 PERSONA_LASTS, TASTE_LASTS = 400.0, 250.0
 """Mean days until a life event, until a drift of taste (`Hidden`)."""
@@ -28,7 +37,7 @@ PERSONA_LASTS, TASTE_LASTS = 400.0, 250.0
 
 @dataclass
 class Requests:
-    """A block's requests in the order of (user, time), with the hidden state they were drawn from. `user_N` are rows of the block's users."""
+    """A block's requests in order of user and time, with the hidden state they were drawn from. `user_N` are rows of the block's users."""
 
     user_N: np.ndarray
     time_N: np.ndarray
@@ -48,11 +57,11 @@ class Requests:
 
 
 def blocks(world: World) -> int:
-    return -(-world.size.users // BLOCK)
+    return -(-world.size.users // world.size.block)
 
 
 def block_users(world: World, block: int) -> Users:
-    number = min(BLOCK, world.size.users - block * BLOCK)
+    number = min(world.size.block, world.size.users - block * world.size.block)
     rng = np.random.default_rng([world.seed, 2, block])
     return people.draw(world.people, number, world.calendar.first, world.size.days, world.size.visits, rng)
 
@@ -131,10 +140,18 @@ class _Life:
         self.memory.put(rows, memory)
         self._go_on(rows, asked, item_B, action_B)
         return {
-            "user": rows, "time": asked.time_B, "scenario": asked.scenario_B.astype(np.int8), "trigger": asked.trigger_B.astype(np.int32),
-            "item": item_B.astype(np.int32), "action": action_B, "form": form_B, "persona": persona_B.astype(np.int8), "taste": taste_B.astype(np.int8),
-            "quantity": quantity(self.world, item_B, action_B, self.rng), "probability": probability_B.astype(np.float32),
-        }  # fmt: skip
+            "user": rows,
+            "time": asked.time_B,
+            "scenario": asked.scenario_B.astype(np.int8),
+            "trigger": asked.trigger_B.astype(np.int32),
+            "item": item_B.astype(np.int32),
+            "action": action_B,
+            "form": form_B,
+            "persona": persona_B.astype(np.int8),
+            "taste": taste_B.astype(np.int8),
+            "quantity": quantity(self.world, item_B, action_B, self.rng),
+            "probability": probability_B.astype(np.float32),
+        }
 
     def _go_on(self, rows: np.ndarray, asked: Asked, item_B: np.ndarray, action_B: np.ndarray) -> None:
         at_home = asked.scenario_B <= 1
@@ -151,7 +168,9 @@ def choose(
     type_BF = softmax(type_utility(world, users, memory, asked) + persona_utility(world, asked, persona_B))
     type_B, probability_B = _draw(type_BF, rng)
     shelf_BX, real_BX = candidates(world.catalogue.shelf_of_type_F1, type_B)
-    utility_BX = shelf_utility(world, users, memory, asked, shelf_BX) + world.shelf_CKS[asked.scenario_B[:, None], taste_B[:, None], shelf_BX]
+    utility_BX = (
+        shelf_utility(world, users, memory, asked, shelf_BX) + world.shelf_CKS[asked.scenario_B[:, None], taste_B[:, None], shelf_BX]
+    )
     place_B, share_B = _draw(softmax(np.where(real_BX, utility_BX, -np.inf)), rng)
     shelf_B = shelf_BX[np.arange(len(asked)), place_B]
     item_BX, real_BX = candidates(world.catalogue.item_of_shelf_S1, shelf_B)
@@ -164,9 +183,6 @@ def quantity(world: World, item_B: np.ndarray, action_B: np.ndarray, rng: np.ran
     """Pieces bought: one, of consumables sometimes more (`MEAN_EXTRA` on average); 0 where nothing was bought."""
     more_B = rng.poisson(MEAN_EXTRA, len(item_B)) * (world.cycle_F[world.catalogue.type_I[item_B]] > 0)
     return np.where(action_B == 2, 1 + more_B, 0).astype(np.int16)
-
-
-MEAN_EXTRA = 0.4
 
 
 def _draw(share_BX: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

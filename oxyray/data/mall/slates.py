@@ -1,10 +1,12 @@
 """What was on the screen: the pages of twelve on which a wanted item was found, and some pages that were left without a click.
 
-How the log comes about. For each visit of a scenario its pool is cut into pages at random, in a way that knows nothing of the user (four forms: mixed
-or themed pages, two orders). Faced with a page S, a user clicks item i with probability p_i / (outside + sum of p over S) and leaves it otherwise; pages go by until
-one is clicked. So p is also the share of clicks by item, and the page with item i is the i-th one's page, whoever shares it. Unclicked pages are far
-too many to keep: they are kept at a rate that makes KEPT of them a visit. Hence, in `exposures`, the odds of a click against none are those of the
-choice model with outside weight `KEPT / pages` instead of `OUTSIDE`; the ratio is known for each row.
+A page S is answered by a choice: the user clicks item i with probability p_i / (OUTSIDE + sum of p over S), p being the request's choice
+probability, or leaves it. The log holds, for each request, the page on which the wanted item was found, and some pages left without a
+click. Pages come from cutting the scenario's pool at random, in a way that knows nothing of the user's wish, so any item of a clicked page
+might have been the one that called it up: among clicked pages the click falls on i with probability p_i / (sum of p over S), as it should.
+Pages without click are far too many to keep; KEPT of them per request are kept, drawn evenly over the pool (in a search, over the product
+type). So in the log the odds of a click on i against none are p_i : KEPT · |S in G| / |G|, G being that pool or type: the choice model with
+another outside weight. A ranker trained on the log learns p up to that known factor.
 
 Legend: B visits, L places of a page, N items of a pool.
 """
@@ -21,7 +23,7 @@ LONG = 12
 CHUNK = 4
 KEPT = 0.33
 OUTSIDE = 0.15
-_ORDERS = 8
+_ORDERS = 4
 
 
 @dataclass(frozen=True)

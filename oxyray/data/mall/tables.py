@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,22 +11,21 @@ from oxyray.data.mall.calendar import CITIES, Calendar
 from oxyray.data.mall.catalogue import Catalogue
 from oxyray.data.mall.people import AGES, DEVICES, GENDERS, TIERS, Users
 from oxyray.data.mall.pictures import render
-from oxyray.data.mall.simulate import BLOCK, Requests
+from oxyray.data.mall.simulate import Requests
 from oxyray.data.mall.slates import KEPT, Pager
 from oxyray.data.mall.texts import item_texts
 from oxyray.data.mall.world import SCENARIOS, SEARCH, World
 from oxyray.data.tables import ACTIONS
 
-ACTION_LIST = ("none", *ACTIONS)
-
 
 def item_ids(shop: Catalogue) -> pa.Array:
     """Public id of each item number."""
-    return _ids("i", shop.public_I, 7)
+    return _ids("I", shop.public_I, shop.items)
 
 
-def user_ids(rows: np.ndarray) -> pa.Array:
-    return _ids("u", rows, 7)
+def user_ids(world: World, rows: np.ndarray) -> pa.Array:
+    """Public id of each user number."""
+    return _ids("U", rows, world.size.users)
 
 
 def items_table(shop: Catalogue, items: np.ndarray) -> pa.Table:
@@ -51,11 +49,11 @@ def items_table(shop: Catalogue, items: np.ndarray) -> pa.Table:
     )
 
 
-def users_table(users: Users, block: int) -> pa.Table:
+def users_table(world: World, users: Users, block: int) -> pa.Table:
     """What the shop may know of a block's users."""
     return pa.table(
         {
-            "user_id": user_ids(block * BLOCK + np.arange(len(users))),
+            "user_id": user_ids(world, block * world.size.block + np.arange(len(users))),
             "age_group": _names(AGES, users.age_U),
             "gender": _names(GENDERS, users.gender_U),
             "city": _names(tuple(CITIES), users.city_U),
@@ -69,7 +67,7 @@ def hidden_users_table(world: World, users: Users, block: int) -> pa.Table:
     """What it may not: who they were at first, and when they joined."""
     return pa.table(
         {
-            "user_id": user_ids(block * BLOCK + np.arange(len(users))),
+            "user_id": user_ids(world, block * world.size.block + np.arange(len(users))),
             "joined": users.joined_U,
             "persona": _names(world.people.persona_names, users.persona_U),
             "taste": _names(tuple(world.people.taste_names), users.taste_U),
@@ -77,21 +75,18 @@ def hidden_users_table(world: World, users: Users, block: int) -> pa.Table:
     )
 
 
-def request_ids(users: np.ndarray, numbers: np.ndarray) -> pa.Array:
-    return pc.binary_join_element_wise(user_ids(users), pa.array(numbers).cast(pa.string()), "-")
-
-
 def log_tables(world: World, pagers: list[Pager], requests: Requests, block: int) -> dict[str, pa.Table]:
     """`events`, `exposures` and truth of `requests` of one block's requests."""
     rng = np.random.default_rng([world.seed, 4, block])
-    user_N = block * BLOCK + requests.user_N
+    user_N = block * world.size.block + requests.user_N
     number_N = np.arange(len(requests)) - np.searchsorted(requests.user_N, requests.user_N)
-    ids, item_id = request_ids(user_N, number_N), item_ids(world.catalogue)
+    user_id, item_id = user_ids(world, user_N), item_ids(world.catalogue)
+    ids = pc.binary_join_element_wise(user_id, pa.array(number_N).cast(pa.string()), "-")
     clean, typed = _queries(world, requests, rng)
     price = _price(world.catalogue.price_I[requests.item_N])
     bought = pa.array(requests.action_N == 2)
     shared = {
-        "user_id": user_ids(user_N),
+        "user_id": user_id,
         "event_time": requests.time_N,
         "scenario": _names(SCENARIOS, requests.scenario_N),
         "trigger_item_id": item_id.take(pa.array(requests.trigger_N, mask=requests.trigger_N < 0)),
@@ -127,7 +122,13 @@ def log_tables(world: World, pagers: list[Pager], requests: Requests, block: int
 
 
 def _exposures(
-    world: World, pagers: list[Pager], requests: Requests, user_N: np.ndarray, shared: dict[str, pa.Array], item_id: pa.Array, rng: np.random.Generator
+    world: World,
+    pagers: list[Pager],
+    requests: Requests,
+    user_N: np.ndarray,
+    shared: dict[str, pa.Array],
+    item_id: pa.Array,
+    rng: np.random.Generator,
 ) -> pa.Table:
     """Pages: of each request the clicked one, and some left without a click just before it (`visit_request_id` says before which)."""
     kept_N = user_N % world.size.slates_of_one_in == 0
@@ -159,7 +160,18 @@ def _exposures(
         "item_ids": pa.ListArray.from_arrays(offsets, item_id.take(pa.array(page_EL[real_EL]))),
         "actions": pa.ListArray.from_arrays(offsets, pa.array(action_EL[real_EL].astype(np.int8))),
     }
-    order_of = ["request_id", "user_id", "event_time", "scenario", "trigger_item_id", "query", "item_ids", "actions", "clean_query", "visit_request_id"]
+    order_of = [
+        "request_id",
+        "user_id",
+        "event_time",
+        "scenario",
+        "trigger_item_id",
+        "query",
+        "item_ids",
+        "actions",
+        "clean_query",
+        "visit_request_id",
+    ]
     return pa.table(columns).select(order_of)
 
 
@@ -210,8 +222,8 @@ def calendar_table(days: Calendar) -> pa.Table:
     )
 
 
-def _ids(letter: str, number_N: np.ndarray, digits: int) -> pa.Array:
-    text = pc.utf8_lpad(pa.array(number_N).cast(pa.string()), digits, "0")
+def _ids(letter: str, number_N: np.ndarray, count: int) -> pa.Array:
+    text = pc.utf8_lpad(pa.array(number_N).cast(pa.string()), max(6, len(str(count - 1))), "0")
     return pc.binary_join_element_wise(letter, text, "")
 
 

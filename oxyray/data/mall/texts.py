@@ -11,23 +11,31 @@ from oxyray.data.mall.catalogue import SERIES, Catalogue
 from oxyray.data.mall.goods import ProductType
 
 _OPENINGS = (
-    "The {series} by {brand} is a {style} {noun} in {colour}.",
-    "A {style} {noun} from {brand}, made with {material} and finished in {colour}.",
-    "{brand} {series}: {colour} {noun}, {style} in every detail.",
+    "The {series} by {brand}: {style}, {material}, in {colour}.",
+    "{Style} and {material}: the {noun} from {brand} in {colour}.",
+    "{brand} {series}: {colour}, {material}, {style} in every detail.",
     "Meet the {series} {noun}: {style}, {colour}, and made to be used.",
 )
 _TASTES = (
     "{brand} {series} brings {colour} to your table, {style} and {material}.",
-    "A {style} choice: {material} {noun}, {colour}.",
+    "{Style} choice: {material} {noun}, {colour}.",
     "{colour} {noun} from {brand}, {material}, packed fresh.",
     "From the {series} line by {brand}: {colour}, {style}, {material}.",
 )
 _SEASONS = {
-    "winter": "Made for cold days.", "summer": "Made for hot days.", "spring": "A start into spring.", "autumn": "For the cool days of autumn.",
-    "rain": "Keeps you dry when it pours.", "school": "Ready for the first day of school.", "moon": "For sharing at the Mid-Autumn Festival.",
-    "dragon": "For the Dragon Boat Festival.", "newyear": "For the home at Spring Festival.", "love": "A gift that says enough.",
-    "child": "A present that children unwrap first.", "national": "For trips and holidays.",
-}  # fmt: skip
+    "winter": "Made for cold days.",
+    "summer": "Made for hot days.",
+    "spring": "A start into spring.",
+    "autumn": "For the cool days of autumn.",
+    "rain": "Keeps you dry when it pours.",
+    "school": "Ready for the first day of school.",
+    "moon": "For sharing at the Mid-Autumn Festival.",
+    "dragon": "For the Dragon Boat Festival.",
+    "newyear": "For the home at Spring Festival.",
+    "love": "A gift that says enough.",
+    "child": "A present that children unwrap first.",
+    "national": "For trips and holidays.",
+}
 
 
 class Text(NamedTuple):
@@ -55,7 +63,15 @@ def _text(catalogue: Catalogue, item: int) -> Text:
     title = f"{name}{f' for {model}' if kind.fits >= 0 else ''}, {feature}, {colour}, {variant}"
     openings = _TASTES if kind.department == "Food & drink" else _OPENINGS
     opening = openings[catalogue.series_I[item] % len(openings)]
-    words = {"brand": brand, "series": series, "style": style, "material": material, "noun": kind.noun, "colour": colour}
+    words = {
+        "brand": brand,
+        "series": series,
+        "style": style,
+        "material": material,
+        "noun": kind.noun,
+        "colour": colour,
+        "Style": _capital(style),
+    }
     parts = [_capital(opening.format(**words)), _capital(f"{material}, {feature}; size: {variant}.")]
     if kind.fits >= 0:
         parts.append(f"Fits the {model}.")

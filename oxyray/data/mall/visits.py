@@ -1,7 +1,8 @@
 """When people come, and how a visit goes on from scenario to scenario. Neither depends on anything hidden.
 
-Visits come in spells: one in two follows the one before within a day or so. Within a visit the next scenario depends on the last one and on what was
-done there: a click on a home floor leads into its feed, a cart opens the overlay, a purchase the add-on of the checkout.
+Visits come in spells: one in two follows the one before within a day or so. Within a visit the next scenario depends on the last one
+and on what was done there: a click on a home floor leads into its feed, a cart opens the overlay, a purchase the add-on of the
+checkout.
 
 Legend: U users, V visits of all users, B users in a visit.
 """
@@ -21,6 +22,19 @@ LONGEST = 40
 _HOUR_SHARE = np.array([2, 1, 0.5, 0.3, 0.3, 0.6, 1.5, 3, 4, 4, 4.5, 5, 7, 6, 4.5, 4, 4, 4.5, 5, 6.5, 8.5, 9.5, 8, 5])
 _ENTRY = np.array([[0.24, 0.44, 0.32], [0.34, 0.32, 0.34], [0.44, 0.2, 0.36]])
 END = -1
+# Where a visit goes on, by the scenario it is in: feed, home, search, end. The feed is that of the last home floor.
+_ONWARD = np.array(
+    [
+        [0.56, 0.16, 0.10, 0.18],
+        [0.56, 0.16, 0.10, 0.18],
+        [0.58, 0.12, 0.10, 0.20],
+        [0.58, 0.12, 0.10, 0.20],
+        [0.30, 0.00, 0.12, 0.58],
+        [0.30, 0.00, 0.12, 0.58],
+        [0.00, 0.14, 0.42, 0.44],
+    ]
+)
+_PLACES = np.array([[2, 3], [0, 1], [SEARCH, SEARCH], [END, END]])
 
 
 def schedule(users: Users, days: Calendar, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -56,19 +70,13 @@ def entry(tier_B: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def onward(
     scenario_B: np.ndarray, action_B: np.ndarray, item_B: np.ndarray, home_item_B: np.ndarray, home_B: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Next scenario (END: the visit is over) and its trigger. `home_item_B` is the last clicked item of a home floor (-1 none), `home_B` that floor."""
-    draw_B = rng.random(len(scenario_B))
+    """Next scenario (END: the visit is over) and its trigger. `home_item_B` is what was clicked last on a home floor (-1 none), `home_B`
+    that floor.
+    """
     path_B = (scenario_B == 4) | (scenario_B == 5)
-    chance_B = np.where(path_B, 0.3, 0.6)
-    checkout_B, overlay_B = (action_B == 2) & (draw_B < chance_B), (action_B == 1) & (draw_B < chance_B)
-    draw_B = rng.random(len(scenario_B))
-    feed_B, home_again_B = home_B + 2, home_B
-    stop = np.full(len(scenario_B), END)
-    after_home = np.select([draw_B < 0.56, draw_B < 0.72, draw_B < 0.82], [feed_B, home_again_B, np.full_like(stop, SEARCH)], stop)
-    after_feed = np.select([draw_B < 0.58, draw_B < 0.70, draw_B < 0.80], [feed_B, home_again_B, np.full_like(stop, SEARCH)], stop)
-    after_search = np.select([draw_B < 0.42, draw_B < 0.56], [np.full_like(stop, SEARCH), home_again_B], stop)
-    after_path = np.select([draw_B < 0.30, draw_B < 0.42], [np.where(home_item_B >= 0, feed_B, home_again_B), np.full_like(stop, SEARCH)], stop)
-    next_B = np.select([path_B, scenario_B == SEARCH, scenario_B >= 2], [after_path, after_search, after_feed], after_home)
-    next_B = np.select([checkout_B, overlay_B], [5, 4], next_B)
-    trigger_B = np.select([(next_B == 4) | (next_B == 5), (next_B == 2) | (next_B == 3)], [item_B, home_item_B], -1)
+    diverted_B = (action_B > 0) & (rng.random(len(scenario_B)) < np.where(path_B, 0.3, 0.6))
+    kind_B = draw_rows(_ONWARD[scenario_B], rng)
+    kind_B = np.where((kind_B == 0) & (home_item_B < 0), 1, kind_B)
+    next_B = np.where(diverted_B, 3 + action_B, _PLACES[kind_B, home_B])
+    trigger_B = np.where(diverted_B, item_B, np.where((next_B == 2) | (next_B == 3), home_item_B, -1))
     return next_B, trigger_B

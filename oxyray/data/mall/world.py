@@ -1,13 +1,16 @@
 """The world of one shop: everything that does not depend on a person's past, as tables, rebuilt from (size, seed) alone.
 
-`World.make(config)` is deterministic: whoever has the configuration that stands in `truth/shop.json` can compute every probability again.
+`World.make(config)` is deterministic: whoever has the configuration that stands in `truth/shop.json` can compute every probability
+again.
 
-Legend: F product types, S shelves, I items, C scenarios, Z personas, K tastes, D days, Y cities, P parts of the day, G genders, E age groups.
+Legend: F product types, S shelves, I items, C scenarios, Z personas, K tastes, D days, Y cities, P parts of the day, G genders, E age
+groups.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from oxyray.data.mall import calendar, catalogue, goods, people
 from oxyray.data.mall.calendar import Calendar
 from oxyray.data.mall.catalogue import Catalogue
 from oxyray.data.mall.people import AGES, GENDERS, People
+from oxyray.data.mall.weights import WEIGHTS, Weights
 from oxyray.errors import ConfigError
 
 SCENARIOS = ("subsidy_home", "budget_home", "subsidy_feed", "budget_feed", "cart_overlay", "checkout_addon", "search")
@@ -24,46 +28,24 @@ HOMES, FEEDS, PATHS, SEARCH = (0, 1), (2, 3), (4, 5), 6
 
 @dataclass(frozen=True)
 class Size:
+    """`block` users are simulated together, one user in `slates_of_one_in` has pages kept: part of the shop, not of how it is computed."""
+
     items: int
     users: int
     days: int
     visits: float
-    departments: tuple[str, ...] | None = None
+    block: int
     slates_of_one_in: int = 1
+    departments: tuple[str, ...] | None = None
 
 
 SIZES = {
-    "tiny": Size(272, 180, 120, 8, goods.TINY_DEPARTMENTS),
-    "small": Size(2_700, 3_000, 365, 11),
-    "medium": Size(20_000, 20_000, 365, 11),
-    "large": Size(200_000, 200_000, 540, 11, None, 4),
-    "million": Size(1_000_000, 1_000_000, 730, 11, None, 20),
+    "tiny": Size(272, 180, 120, 8, 64, 1, goods.TINY_DEPARTMENTS),
+    "small": Size(2_700, 3_000, 365, 11, 4096),
+    "medium": Size(20_000, 20_000, 365, 11, 2048),
+    "large": Size(200_000, 200_000, 540, 11, 4096, 4),
+    "million": Size(1_000_000, 1_000_000, 730, 11, 4096, 20),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """How much each cause counts in the utilities. One entry per scenario where a tuple."""
-
-    persona: tuple[float, ...] = (1.0, 1.0, 0.7, 0.7, 0.35, 0.5, 1.0)
-    context: tuple[float, ...] = (1.0, 1.0, 0.7, 0.7, 0.3, 0.5, 1.0)
-    slow: tuple[float, ...] = (1.0, 1.0, 0.6, 0.6, 0.3, 0.4, 0.9)
-    fast: tuple[float, ...] = (1.7, 1.7, 1.0, 1.0, 0.0, 0.0, 1.5)
-    complement: tuple[float, ...] = (0.8, 0.8, 0.5, 0.5, 0.3, 0.3, 1.0)
-    brand: tuple[float, ...] = (0.7, 0.7, 0.7, 0.7, 0.5, 0.5, 0.7)
-    same_brand: tuple[float, ...] = (0.0, 0.0, 0.8, 0.8, 0.5, 0.3, 0.0)
-    like_trigger: tuple[float, ...] = (0.0, 0.0, 0.9, 0.9, 0.6, 0.3, 0.0)
-    again: tuple[float, ...] = (-0.8, -0.8, -1.6, -1.6, -2.5, -2.5, 0.4)
-    tier_shift: tuple[float, ...] = (0.5, -0.6, 0.5, -0.6, 0.0, -0.3, 0.0)
-    cart: tuple[float, ...] = (-2.6, -2.4, -2.4, -2.2, -1.5, -1.1, -1.9)
-    purchase: tuple[float, ...] = (-1.2, -1.0, -1.1, -0.9, -0.6, 0.1, -0.7)
-    taste_item: float = 2.4
-    taste_brand: float = 1.0
-    inclusive: float = 0.8
-    quality: float = 0.7
-    tier: float = 0.9
-    price: float = 5.0
-    fits: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -84,19 +66,32 @@ class World:
     durable_F: np.ndarray
     cycle_F: np.ndarray
     shelf_CKS: np.ndarray
+    share_CI: np.ndarray
     taste_KI: np.ndarray
+
+    def version(self) -> str:
+        """Hash of all tables: two worlds with one version draw the same shop."""
+        digest = hashlib.sha256()
+        for part in (self, self.weights, self.catalogue, self.calendar, self.people):
+            values = [getattr(part, spec.name) for spec in fields(part)]
+            for value in values:
+                if isinstance(value, np.ndarray):
+                    digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()[:16]
 
     @staticmethod
     def make(config: MallConfig) -> World:
         """Raises ConfigError where the size is too small for the range of goods."""
         plan = SIZES[config.size]
-        size = Size(config.items or plan.items, config.users or plan.users, config.days or plan.days, plan.visits, plan.departments, plan.slates_of_one_in)
+        size = replace(plan, items=config.items or plan.items, users=config.users or plan.users, days=config.days or plan.days)
         range_ = goods.load(size.departments)
         if size.items < 4 * len(range_):
-            raise ConfigError(f"data.mall.items: this shop has {len(range_)} product types and needs at least {4 * len(range_)} items, got {size.items}")
+            raise ConfigError(
+                f"data.mall.items: this shop has {len(range_)} product types and needs at least {4 * len(range_)} items, got {size.items}"
+            )
         if not 14 <= size.days <= 900:
             raise ConfigError(f"data.mall.days: must lie in 14..900, the days that the calendar of feasts covers, got {size.days}")
-        weights = Weights()
+        weights = WEIGHTS
         rng = np.random.default_rng([config.seed, 0])
         goods_made = catalogue.build(range_, size.items, rng)
         days = calendar.build(size.days, np.random.default_rng([config.seed, 1]))
@@ -107,7 +102,7 @@ class World:
             config.seed, size, weights, goods_made, days, people_made, pool_CI,
             _base(goods_made, pool_CI, weights, rng), _profile(range_), _context(range_, days), _parts(range_),
             _triggers(range_), range_.complement_FF, range_.numbers("durable_days"), range_.numbers("cycle_days"),
-            _shelves(goods_made, people_made, pool_CI, taste_KI, weights), taste_KI,
+            _shelves(goods_made, people_made, pool_CI, taste_KI, weights), _shares(goods_made, pool_CI, weights), taste_KI,
         )  # fmt: skip
 
 
@@ -115,7 +110,7 @@ def pools(shop: Catalogue) -> np.ndarray:
     """bool (C, I): what each scenario may show. Subsidy: brand goods well below list price; budget: the cheap part of each product type;
     checkout: small things; overlay and search: everything."""
     tier_I = shop.brand_tier_M[shop.brand_I]
-    subsidy_I = (tier_I >= 1) & (shop.price_I < 0.87 * shop.list_price_I)
+    subsidy_I = (tier_I >= 1) & (shop.price_I < 0.9 * shop.list_price_I)
     budget_I = shop.price_rank_I < 0.45
     small_I = (shop.price_I < 60) & (shop.price_rank_I < 0.8)
     every_I = np.ones(shop.items, bool)
@@ -160,16 +155,18 @@ def _parts(range_: goods.Goods) -> np.ndarray:
 
 
 def _triggers(range_: goods.Goods) -> np.ndarray:
-    """(C, F, F): what a trigger of the first product type does for the second. Feeds stay near; overlay and checkout ask for complements and
-    want no second piece of the same kind."""
+    """(C, F, F): what a trigger of the first product type does for the second.
+
+    Feeds stay near; overlay and checkout ask for complements and want no second piece of the same kind.
+    """
     same_FF = np.eye(len(range_), dtype=np.float32)
     aisle_F, department_F = range_.codes("aisle"), range_.codes("department")
-    near_FF = 3.0 * same_FF + 1.6 * (aisle_F[:, None] == aisle_F) + 1.0 * (department_F[:, None] == department_F)
+    near_FF = 0.4 * same_FF + 1.4 * (aisle_F[:, None] == aisle_F) + 1.5 * (department_F[:, None] == department_F)
     beside_FF = np.log(range_.complement_FF + 0.002)
     table = np.zeros((len(SCENARIOS), len(range_), len(range_)), np.float32)
     table[list(FEEDS)] = near_FF
-    table[PATHS[0]] = 1.15 * beside_FF - 6 * same_FF
-    table[PATHS[1]] = 0.9 * beside_FF - 5 * same_FF
+    table[PATHS[0]] = 0.95 * beside_FF - 5 * same_FF
+    table[PATHS[1]] = 0.8 * beside_FF - 4 * same_FF
     return table
 
 
@@ -185,3 +182,10 @@ def _shelves(shop: Catalogue, people_made: People, pool_CI: np.ndarray, taste_KI
             found[key] = (weights.inclusive * segment_logsumexp(value_KI, shop.item_of_shelf_S1) + brand_KS).astype(np.float32)
         rows.append(found[key])
     return np.stack(rows)
+
+
+def _shares(shop: Catalogue, pool_CI: np.ndarray, weights: Weights) -> np.ndarray:
+    """(C, I): an item's part of what its shelf has in the pool, by quality alone; 0 outside the pool."""
+    value_CI = np.where(pool_CI, np.exp(weights.quality * shop.quality_I), 0)
+    sum_CS = np.add.reduceat(value_CI, shop.item_of_shelf_S1[:-1], axis=1)
+    return (value_CI / np.maximum(sum_CS, 1e-9)[:, shop.shelf_I]).astype(np.float32)
