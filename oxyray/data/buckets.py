@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from oxyray.data.tables import distinct
 
-EVENTS_PER_PART = 10_000_000
+EVENTS_PER_PART = 5_000_000
 _FLUSH_ROWS = 65_536
 
 SCHEMA = pa.schema(

@@ -1,9 +1,9 @@
 """Canonical tables on disk: which columns they have, of which types, and how they are read in bounded memory.
 
-A table is one Parquet file (`events.parquet`) or a folder of them (`events/` or `events.parquet/`, read in name order). Choices:
-files are read one by one, batch by batch, so a table may be larger than memory and every error names its file; a type is changed only
-where no value is lost (whole-number ids to strings, 3.0 to 3, timestamps to epoch seconds), anything else is a DataError that names
-file, column, found and expected type; columns outside the contract are left out of events and items, and kept as the profile of users.
+A table is one Parquet file (`events.parquet`) or a folder of them (`events/` or `events.parquet/`, subfolders too, in name order). Choices:
+files are read one by one, batch by batch, so a table may be larger than memory and every error names its file; a type is changed only where
+no value is lost (whole-number ids to strings, 3.0 to 3, timestamps to epoch seconds), anything else is a DataError that names file, column,
+found and expected type; columns outside the contract are left out of events and items, and kept as the profile of users.
 Rules about single rows are in `contract.py`.
 """
 
@@ -235,7 +235,7 @@ def _profile(file: Path, name: str, kind: pa.DataType) -> Column:
 
 
 def _parquet_files(path: Path) -> list[Path]:
-    files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if not files:
         raise DataError(f"{path}: no *.parquet file in this folder")
     return files

@@ -116,16 +116,25 @@ def _items(file: Path, left: set[str], quarantine: Quarantine) -> Iterator[dict[
 def _records(file: Path, table: str, keys: tuple[str, ...], quarantine: Quarantine) -> Iterator[dict[str, Any]]:
     """The lines as objects that carry one of `keys`; others go to the quarantine."""
     reasons = ["line is not a JSON object", f"line has no {' or '.join(keys)}"]
+    bad: list[tuple[int, int, str]] = []
     count = 0
+
+    def put_aside() -> None:
+        if bad:
+            line_N, reason_N = np.array([line for line, _, _ in bad]), np.array([reason for _, reason, _ in bad])
+            quarantine.take(f"{table}_import", Chunk(pa.table({"line": [text for _, _, text in bad]}), file, 0, line_N), reasons, reason_N)
+            bad.clear()
+
     for number, line in lines(file, "importing"):
         count += 1
         record = _object(line)
-        reason = 1 if record is None else 0 if any(record.get(key) for key in keys) else 2
-        if record is not None and reason == 0:
+        if record is not None and any(record.get(key) for key in keys):
             yield record
             continue
-        text = pa.table({"line": [line[:500].decode(errors="replace").strip()]})
-        quarantine.take(f"{table}_import", Chunk(text, file, 0, np.array([number])), reasons, np.array([reason]))
+        bad.append((number, 1 if record is None else 2, line[:500].decode(errors="replace").strip()))
+        if len(bad) == _ROWS:
+            put_aside()
+    put_aside()
     quarantine.check(f"{table}_import", count)
 
 
