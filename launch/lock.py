@@ -2,9 +2,10 @@
 
     python -m pip install uv packaging && python launch/lock.py
 
-Versions already locked are kept where they still fit; `--upgrade` drops them. The files are for `pip install --no-deps --require-hashes -r`, so pip
-resolves nothing: torchrec's own dependency on another fbgemm-gpu never comes into play. Hashes are kept for Linux on x86-64 and ARM, CPython 3.11 and
-3.12. torch's CPU build has its own index and its own hashes, so requirements-cpu.txt leaves torch out and launch/setup.sh installs it.
+Versions already locked are kept where they still fit; `--upgrade` drops them. The files are for `pip install --no-deps --require-hashes
+-r`, so pip resolves nothing: torchrec's own dependency on another fbgemm-gpu never comes into play. Hashes are kept for Linux on x86-64
+and ARM, CPython 3.11 and 3.12. torch's CPU build has its own index and its own hashes, so requirements-cpu.txt leaves torch out and
+launch/setup.sh installs it.
 """
 
 from __future__ import annotations

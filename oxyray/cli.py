@@ -151,7 +151,7 @@ def _recommend(command: Command) -> None:
 
 
 def _doctor(command: Command) -> int:
-    from oxyray.doctor import examine, render
+    from oxyray.doctor import examine, render, verdict
 
     cluster = ClusterConfig()
     try:
@@ -164,9 +164,12 @@ def _doctor(command: Command) -> int:
             raise
     except ImportError:  # Hydra itself may be what is missing; the examination says so
         complain("the configuration cannot be composed; going on with the defaults")
-    found = examine(cluster)
-    print(render(found))
-    return 1 if any(check.state == "bad" for check in found) else 0
+    found = []
+    for each in examine(cluster):
+        print(render(each), flush=True)
+        found.append(each)
+    print(f"\n{verdict(found)}")
+    return 1 if any(each.state == "bad" for each in found) else 0
 
 
 def _help(command: Command) -> None:

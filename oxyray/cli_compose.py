@@ -66,6 +66,7 @@ def check(overrides: Sequence[str], *, sweep: bool = False, config_dir: Path | N
     """
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
+    known = choices(config_dir)
     values: list[str] = []
     raw: dict[str, str] = {}
     for word in overrides:
@@ -73,7 +74,7 @@ def check(overrides: Sequence[str], *, sweep: bool = False, config_dir: Path | N
         if short and key in short:
             raw[short[key]] = value
         else:
-            values.append(_check_one(word, sweep, choices(config_dir)))
+            values.append(_check_one(word, sweep, known))
     if config_dir is not None:
         values.append(f"hydra.searchpath=[file://{config_dir.resolve()}]")
     return Words(tuple(values), raw, config_dir)
@@ -165,6 +166,8 @@ def _check_one(word: str, sweep: bool, known_choices: dict[str, list[str]]) -> s
 def _check_hydra(word: str, key: str, sweep: bool) -> str:
     if not sweep:
         raise ConfigError(f"{word}: Hydra's own settings are for sweeps: add -m, or leave it out")
+    if word == "hydra/launcher=ray":  # another package may have registered a launcher called `ray`, which Hydra would mix with this one
+        return "hydra/launcher=oxyray_ray"
     if key in _HYDRA_GROUPS or any(key == k or (k.endswith(".") and key.startswith(k)) for k in _HYDRA_KEYS):
         return word
     raise ConfigError(

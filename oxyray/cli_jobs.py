@@ -24,7 +24,10 @@ _POLL_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """`words` are the job's own overrides, `values` its composed configuration, whose `run_dir` is the sweep's base run."""
+    """`words` are the overrides that the job does not share with the others, `values` its composed configuration.
+
+    The `run_dir` in `values` is the sweep's base run; the job's own run folder is `folder`.
+    """
 
     number: int
     stage: str

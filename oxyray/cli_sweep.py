@@ -27,8 +27,8 @@ from oxyray.files import write_json
 class SweepTask:
     """Hydra's task function. A launcher calls it, or takes `job` and runs the job elsewhere."""
 
-    def __init__(self, stage: str, dry_run: bool) -> None:
-        self.stage, self.dry_run = stage, dry_run
+    def __init__(self, stage: str, dry_run: bool, swept: set[str]) -> None:
+        self.stage, self.dry_run, self.swept = stage, dry_run, swept
 
     def __call__(self, config: DictConfig) -> Outcome:
         job = self.job(config, HydraConfig.get())
@@ -43,7 +43,7 @@ class SweepTask:
         assert isinstance(values, dict)
         plain = {str(key): value for key, value in values.items() if key != "hydra"}
         refuse_code(plain)
-        words = " ".join(word.lstrip("+") for word in hydra.overrides.task if not word.startswith("hydra."))
+        words = _only(hydra.overrides.task, self.swept)
         folder = Path(hydra.sweep.dir).absolute() / str(hydra.sweep.subdir)
         return Job(number=hydra.job.num, stage=self.stage, words=words, values=plain, folder=str(folder), dry_run=self.dry_run)
 
@@ -51,16 +51,17 @@ class SweepTask:
 def sweep(stage: str, words: Words, dry_run: bool = False) -> int:
     """Run the sweep; gives the exit code: 0 when every job went well. Raises ConfigError before any job starts when one cannot work."""
     overrides = parse([word for word in words.values if not word.startswith(("hydra.", "hydra/"))])
+    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     combinations = _combinations(overrides)
     for number, job_words in enumerate(combinations):
         try:
             compose_config(Words(tuple(job_words), {}, words.config_dir))
         except ConfigError as error:
-            raise ConfigError(f"job {number} ({' '.join(word.lstrip('+') for word in job_words)}): {error}") from None
+            raise ConfigError(f"job {number} ({_only(job_words, swept)}): {error}") from None
     with hydra_here(), translated():
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        returns = hydra.multirun("config", SweepTask(stage, dry_run), list(words.values), with_log_configuration=False)
+        returns = hydra.multirun("config", SweepTask(stage, dry_run, swept), list(words.values), with_log_configuration=False)
     outcomes = [job_return.return_value for batch in returns for job_return in batch]
     return _end(outcomes)
 
@@ -73,12 +74,13 @@ def _combinations(overrides: Sequence[Override]) -> list[list[str]]:
         if override.is_sweep_override():
             axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
-            axes[key] = [
-                f"{key}={override.get_value_element_as_str()}"
-                if override.value() is not None or "=" in (override.input_line or "")
-                else key
-            ]
+            axes[key] = [override.input_line or key]
     return [list(job) for job in itertools.product(*axes.values())]
+
+
+def _only(words: Sequence[str], keys: set[str]) -> str:
+    """Those of the overrides that set one of `keys`, as a person wrote them."""
+    return " ".join(word.lstrip("+") for word in words if word.lstrip("+").partition("=")[0] in keys)
 
 
 def _end(outcomes: list[Outcome]) -> int:

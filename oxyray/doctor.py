@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from oxyray.config import ClusterConfig
 State = Literal["good", "note", "bad"]
 _IMPORT_S = 180
 _GIB = 2**30
+_NAME_WIDTH = 23
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Check:
     mend: str = ""
 
 
-def examine(cluster: ClusterConfig) -> list[Check]:
-    """All checks, in the order in which they are worth reading. Never raises: a check that breaks is itself reported."""
+def examine(cluster: ClusterConfig) -> Iterator[Check]:
+    """All checks as they end, in the order in which they are worth reading. Never raises: a check that breaks is itself reported."""
     parts: list[Callable[[], list[Check]]] = [
         _python,
         _cores,
@@ -52,27 +53,26 @@ def examine(cluster: ClusterConfig) -> list[Check]:
         lambda: [_ray(cluster)],
         _browser,
     ]
-    found: list[Check] = []
     for part in parts:
         try:
-            found += part()
+            yield from part()
         except Exception as error:  # the promise of this room: it never raises
             name = getattr(part, "__name__", "check").strip("_<>")
-            found.append(Check(name, "note", f"could not be checked: {type(error).__name__}: {error}"))
-    return found
+            yield Check(name, "note", f"could not be checked: {type(error).__name__}: {error}")
 
 
-def render(checks: list[Check]) -> str:
-    width = max(len(check.name) for check in checks)
+def render(check: Check) -> str:
+    """A check as one line of a table, or more where it has much to say."""
+    text = check.found + (f". {check.mend}" if check.mend else "")
+    wrapped = textwrap.wrap(text, 110) or [""]
     marks = {"good": "ok  ", "note": "note", "bad": "BAD "}
-    lines = []
-    for check in checks:
-        text = check.found + (f". {check.mend}" if check.mend else "")
-        wrapped = textwrap.wrap(text, 110) or [""]
-        lines.append(f"{marks[check.state]}  {check.name:<{width}}  {wrapped[0]}")
-        lines += [f"{'':<{width + 8}}{line}" for line in wrapped[1:]]
+    head = f"{marks[check.state]}  {check.name:<{_NAME_WIDTH}}  "
+    return "\n".join([head + wrapped[0], *(" " * len(head) + line for line in wrapped[1:])])
+
+
+def verdict(checks: list[Check]) -> str:
     bad = sum(check.state == "bad" for check in checks)
-    return "\n".join([*lines, "", "this machine is fit" if bad == 0 else f"{bad} thing{'s' * (bad > 1)} to mend"])
+    return "this machine is fit" if bad == 0 else f"{bad} thing{'s' * (bad > 1)} to mend"
 
 
 def pair_state(torch: str | None, fbgemm: str | None) -> Check:

@@ -59,6 +59,7 @@ def attempt(run_folder: Path, words: list[str]) -> Iterator[Path]:
         file.write(f"$ {' '.join(words)}\n")
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter(_FORMAT))
+        handler.addFilter(lambda record: record.name.startswith("oxyray") or record.levelno >= logging.WARNING)
         root, level = logging.getLogger(), logging.getLogger().level
         root.addHandler(handler)
         root.setLevel(logging.INFO)

@@ -1,0 +1,279 @@
+"""Freshness, order and safety of the stages, with small real stages that write small real files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oxyray.config import Config, ModelConfig, from_dict
+from oxyray.errors import RunError
+from oxyray.files import whole
+from oxyray.pipeline import STAGES, Stage, borrow, plan, run_all, run_one, source_files, why_stale
+from oxyray.run import Run
+
+
+@dataclass
+class Shop:
+    """Three stages in a row: each adds up what it reads and its own setting. `ran` lists what ran; `fails` breaks half-way."""
+
+    folder: Path
+    ran: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    fails: str | None = None
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "source" / "events.json"
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(
+                name="read",
+                about="a",
+                work=self.work("read", self.read),
+                folder="data",
+                settings=("data",),
+                files=lambda config: [self.source],
+            ),
+            Stage(
+                name="code",
+                about="b",
+                work=self.work("code", self.code),
+                folder="code",
+                reads=("read",),
+                settings=("sid",),
+                speed=("sid.workers",),
+            ),
+            Stage(
+                name="learn", about="c", work=self.work("learn", self.learn), folder="learn", reads=("read", "code"), settings=("model",)
+            ),
+        )
+
+    def work(self, name: str, make: Callable[[Config, Run], int]) -> Callable[[Config, Run], None]:
+        def stage(config: Config, run: Run) -> None:
+            self.ran.append(name)
+            with whole(run.path({"read": "data"}.get(name, name))) as part:
+                part.mkdir()
+                (part / "value.json").write_text(json.dumps(make(config, run)))
+                if self.fails == name:
+                    raise RuntimeError("half-way")
+            run.log(name, {"value": make(config, run)}, step=1)
+
+        return stage
+
+    def read(self, config: Config, run: Run) -> int:
+        return int(json.loads(self.source.read_text()))
+
+    def code(self, config: Config, run: Run) -> int:
+        return value(run, "data") + config.sid.width
+
+    def learn(self, config: Config, run: Run) -> int:
+        return value(run, "data") + value(run, "code") + config.model.width
+
+    def run(self, config: Config) -> list[str]:
+        """Run all; gives what ran."""
+        self.ran.clear()
+        self.said.clear()
+        run_all(config, self.stages(), self.said.append)
+        return list(self.ran)
+
+
+def value(run: Run, folder: str) -> int:
+    return int(json.loads(run.path(folder, "value.json").read_text()))
+
+
+def config_of(folder: Path, **more: Any) -> Config:
+    return from_dict(Config, {"run_dir": str(folder / "run"), "data": {"name": "shop", "source": "mall"}, **more})
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    made = Shop(tmp_path)
+    made.source.parent.mkdir()
+    made.source.write_text("1000")
+    return made
+
+
+def test_all_stages_run_in_order_and_a_second_run_skips_them_and_says_so(shop: Shop) -> None:
+    config = config_of(shop.folder)
+    assert shop.run(config) == ["read", "code", "learn"]
+    assert value(Run(config.run_dir), "learn") == 1000 + (1000 + 256) + 64
+    assert shop.run(config) == []
+    assert shop.said == [
+        f"[{n}/3] {name}: fresh, skipped (force=true makes it anew)" for n, name in enumerate(["read", "code", "learn"], 1)
+    ]
+
+
+def test_a_changed_setting_remakes_its_stage_and_what_stands_on_it(shop: Shop) -> None:
+    shop.run(config_of(shop.folder))
+    assert shop.run(config_of(shop.folder, model={"width": 128})) == ["learn"]
+    assert "model.width was 64 and is now 128" in shop.said[2]
+    assert shop.run(config_of(shop.folder, model={"width": 128}, sid={"width": 512})) == ["code", "learn"]
+    assert shop.run(
+        config_of(shop.folder, model={"width": 128}, sid={"width": 512}, data={"name": "shop", "source": "mall", "core": 5})
+    ) == [
+        "read",
+        "code",
+        "learn",
+    ]
+    assert value(Run(shop.folder / "run"), "learn") == 1000 + (1000 + 512) + 128
+
+
+def test_settings_of_speed_and_of_others_remake_nothing(shop: Shop) -> None:
+    shop.run(config_of(shop.folder))
+    assert shop.run(config_of(shop.folder, sid={"workers": 4}, evaluate={"bootstrap": 3}, cluster={"cpus": 1})) == []
+
+
+def test_changed_source_files_and_force_remake_everything(shop: Shop) -> None:
+    config = config_of(shop.folder)
+    shop.run(config)
+    shop.source.write_text("2000")
+    assert shop.run(config) == ["read", "code", "learn"]
+    assert value(Run(config.run_dir), "learn") == 2000 + (2000 + 256) + 64
+    assert shop.run(replace(config, force=True)) == ["read", "code", "learn"]
+
+
+def test_a_removed_artifact_is_made_anew(shop: Shop) -> None:
+    config = config_of(shop.folder)
+    shop.run(config)
+    Run(config.run_dir).path("learn", "value.json").unlink()
+    Run(config.run_dir).path("learn").rmdir()
+    assert shop.run(config) == ["learn"]
+
+
+def test_a_stage_that_breaks_leaves_the_earlier_result_and_runs_again(shop: Shop) -> None:
+    config = config_of(shop.folder)
+    shop.run(config)
+    wider = replace(config, model=ModelConfig(width=128))
+    shop.fails = "learn"
+    with pytest.raises(RuntimeError, match="half-way"):
+        shop.run(wider)
+    run = Run(config.run_dir)
+    assert value(run, "learn") == 1000 + (1000 + 256) + 64
+    assert [path.name for path in run.folder.iterdir() if path.name.endswith(".part")] == []
+    shop.fails = None
+    assert shop.run(config) == []  # what stands there is still what this configuration gives
+    assert shop.run(wider) == ["learn"]
+
+
+def test_one_stage_alone_runs_alone(shop: Shop) -> None:
+    config = config_of(shop.folder)
+    stages = shop.stages()
+    run_one("read", config, stages, shop.said.append)
+    run_one("code", config, stages, shop.said.append)
+    run_one("code", config, stages, shop.said.append)
+    assert shop.ran == ["read", "code"]
+    assert shop.said[-1].startswith("code: fresh, skipped")
+
+
+def test_one_stage_alone_refuses_missing_and_unfitting_earlier_stages(shop: Shop) -> None:
+    config, stages = config_of(shop.folder), shop.stages()
+    with pytest.raises(RunError, match="learn needs read, which .* does not hold: run `oxyray read`"):
+        run_one("learn", config, stages)
+    run_one("read", config, stages)
+    with pytest.raises(RunError, match="learn needs code, which .* does not hold: run `oxyray code`"):
+        run_one("learn", config, stages)
+    run_one("code", config, stages)
+    with pytest.raises(RunError, match="made with other settings: sid.width was 256 and is now 128"):
+        run_one("learn", config_of(shop.folder, sid={"width": 128}), stages)
+    run_one("read", replace(config, force=True), stages)
+    with pytest.raises(RunError, match="needs code, but .* does not fit: read was made anew since"):
+        run_one("learn", config, stages)
+    assert shop.ran == ["read", "code", "read"]
+
+
+def test_the_plan_tells_what_a_run_would_do_and_writes_nothing(shop: Shop) -> None:
+    stages, names = shop.stages(), ["read", "code", "learn"]
+    config = config_of(shop.folder)
+    assert plan(config, names, stages) == [(name, "not made yet") for name in names]
+    assert not (shop.folder / "run").exists()
+    shop.run(config)
+    assert plan(config, names, stages) == [(name, None) for name in names]
+    changed = plan(config_of(shop.folder, sid={"width": 128}), names, stages)
+    assert changed == [
+        ("read", None),
+        ("code", "made with other settings: sid.width was 256 and is now 128"),
+        ("learn", "code is made anew"),
+    ]
+
+
+def test_every_stage_writes_configuration_versions_metrics_and_its_stamp(shop: Shop) -> None:
+    config = config_of(shop.folder)
+    shop.run(config)
+    run = Run(config.run_dir)
+    assert run.config() == config
+    assert json.loads(run.path("versions.json").read_text())["python"]
+    assert [(line["stage"], "stage_seconds" in line) for line in run.metrics()] == [
+        (n, s) for n in ("read", "code", "learn") for s in (False, True)
+    ]
+    assert sorted(path.name for path in run.path("stages").iterdir()) == ["code.json", "learn.json", "read.json"]
+
+
+def test_a_stage_that_writes_nothing_is_reported(shop: Shop) -> None:
+    lazy = Stage(name="lazy", about="", work=lambda config, run: None, folder="lazy")
+    with pytest.raises(RunError, match="stage lazy ended without writing"):
+        run_all(config_of(shop.folder), (lazy,))
+
+
+def test_two_commands_do_not_work_in_one_run_folder(shop: Shop) -> None:
+    config = config_of(shop.folder)
+
+    def second(config: Config, run: Run) -> None:
+        code = f"from oxyray.pipeline import *; from oxyray.pipeline import _alone\nwith _alone(Run({config.run_dir!r})): print('in')"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert "RunError" in done.stderr
+        assert "is in use by another oxyray (process" in done.stderr
+        run.path("alone").mkdir()
+
+    run_all(config, (Stage(name="alone", about="", work=second, folder="alone"),))
+    assert shop.run(config) == ["read", "code", "learn"]
+
+
+def test_a_job_borrows_what_fits_and_never_writes_through_it(shop: Shop) -> None:
+    base, stages = config_of(shop.folder), shop.stages()
+    shop.run(base)
+    job = replace(config_of(shop.folder, model={"width": 128}), run_dir=str(shop.folder / "job"))
+    assert borrow(Run(base.run_dir), Run(job.run_dir), job, "learn", stages) == ["read", "code"]
+    shop.ran.clear()
+    run_one("learn", job, stages)
+    assert shop.ran == ["learn"]
+    assert value(Run(job.run_dir), "learn") == 1000 + (1000 + 256) + 128
+    run_one("code", replace(job, force=True), stages)  # made anew in the job's folder: the base keeps its own
+    assert not Run(job.run_dir).path("code").is_symlink()
+    assert why_stale(stages[1], base, Run(base.run_dir)) is None
+    assert value(Run(base.run_dir), "code") == 1256
+
+
+def test_a_job_borrows_nothing_that_stands_on_what_does_not_fit(shop: Shop) -> None:
+    base, stages = config_of(shop.folder), shop.stages()
+    shop.run(base)
+    other = config_of(shop.folder, data={"name": "shop", "source": "mall", "core": 5})
+    assert borrow(Run(base.run_dir), Run(shop.folder / "job"), other, "run", stages) == []
+    wider = config_of(shop.folder, sid={"width": 512})
+    assert borrow(Run(base.run_dir), Run(shop.folder / "job2"), wider, "run", stages) == ["read"]
+
+
+def test_the_shipped_table_reads_only_earlier_stages_and_known_settings() -> None:
+    from oxyray.config_keys import groups, keys
+
+    known = {key.name for key in keys()} | set(groups())
+    for number, stage in enumerate(STAGES):
+        assert set(stage.reads) <= {earlier.name for earlier in STAGES[:number]}
+        assert set(stage.settings) | set(stage.speed) <= known
+        assert callable(stage.function())
+
+
+def test_the_sources_are_the_files_below_the_data_path(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("items.parquet", "deep/events.parquet", ".hidden"):
+        (tmp_path / name).write_text("x")
+    config = config_of(tmp_path, data={"name": "x", "source": "tables", "path": str(tmp_path)})
+    assert [path.name for path in source_files(config)] == ["events.parquet", "items.parquet"]
+    assert source_files(config_of(tmp_path)) == []

@@ -1,0 +1,112 @@
+"""Sweeps, for real: Hydra's basic launcher, a Ray of the sweep's own, and a cluster that is already running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# A shop that is made in a moment.
+SMALL = ["data.mall.size=tiny", "data.mall.items=140", "data.mall.users=20", "data.mall.days=20", "cluster.object_store_gb=0.1"]
+
+
+def oxyray(*words: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | more
+    return subprocess.run([sys.executable, "-m", "oxyray", *words], capture_output=True, text=True, timeout=280, cwd=cwd, env=environment)
+
+
+def jobs(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "sweep.json").read_text())
+    return found
+
+
+def test_each_job_has_its_own_run_and_takes_what_fits_from_the_base(tmp_path: Path) -> None:
+    assert oxyray("prepare", *SMALL, f"run_dir={tmp_path}/base", cwd=tmp_path).returncode == 0
+    done = oxyray("run", "-m", "--dry-run", "seed=1,2", *SMALL, f"run_dir={tmp_path}/base", f"hydra.sweep.dir={tmp_path}/dry", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [job["words"] for job in jobs(tmp_path / "dry")] == ["seed=1", "seed=2"]
+    done = oxyray("prepare", "-m", "data.core=0,2", *SMALL, f"run_dir={tmp_path}/base", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = tmp_path.glob("multirun/*/*")
+    assert [job["error"] for job in jobs(folder)] == [None, None]
+    for number, core in enumerate((0, 2)):
+        run = folder / str(number)
+        assert f"core: {core}" in (run / "config.yaml").read_text()
+        assert (run / "data" / "meta.json").is_file()
+        assert (run / "logs" / "latest" / "main.log").is_file()
+    assert "2 of 2 jobs done" in done.stdout
+
+
+def test_a_failing_job_is_told_when_it_fails_and_the_others_go_on(tmp_path: Path) -> None:
+    done = oxyray(
+        "prepare",
+        "-m",
+        "data=tables,mall",
+        *SMALL,
+        f"data.path={tmp_path}/none",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+        cwd=tmp_path,
+        PYTHONUNBUFFERED="1",
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: job 0 (data=tables): ")
+    assert str(tmp_path / "none") in errors[0]
+    assert "Traceback" not in done.stderr
+    assert [job["error"] is None for job in jobs(tmp_path / "sweep")] == [False, True]
+    assert "1 of 2 jobs done" in done.stdout
+
+
+@pytest.mark.ray
+def test_jobs_run_side_by_side_on_a_ray_of_their_own_and_use_ray_themselves(tmp_path: Path) -> None:
+    words = ["data=tables,mall", *SMALL, f"data.path={tmp_path}/none", "data.mall.workers=2", "cluster.cpus=2"]
+    done = oxyray("prepare", "-m", "hydra/launcher=ray", *words, f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 jobs, 2 at a time" in done.stdout
+    assert "error: job 0 (data=tables): " in done.stderr
+    assert [job["error"] is None for job in jobs(tmp_path / "sweep")] == [False, True]
+    assert (tmp_path / "sweep" / "1" / "data" / "meta.json").is_file()
+
+
+@pytest.fixture
+def running_cluster(tmp_path: Path) -> Iterator[str]:
+    """A Ray cluster of its own, started as a person would, ended by its own process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
+    words += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    cluster = subprocess.Popen([str(Path(sys.executable).parent / "ray"), *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        yield f"127.0.0.1:{port}"
+    finally:
+        cluster.send_signal(signal.SIGTERM)
+        try:
+            cluster.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            cluster.kill()
+
+
+@pytest.mark.ray
+def test_a_sweep_joins_a_cluster_that_is_already_running(tmp_path: Path, running_cluster: str) -> None:
+    words = ["data.core=0,2", *SMALL, "cluster=running", f"hydra.sweep.dir={tmp_path}/sweep", "hydra.launcher.jobs_at_once=1"]
+    done = oxyray("prepare", "-m", "hydra/launcher=ray", *words, cwd=tmp_path, RAY_ADDRESS=running_cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"joined the Ray cluster at {running_cluster}" in done.stdout
+    assert "2 jobs, 1 at a time" in done.stdout
+    assert [job["error"] for job in jobs(tmp_path / "sweep")] == [None, None]
