@@ -10,6 +10,7 @@ Legend: N texts, T tokens, F dimensions.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import queue
@@ -81,8 +82,16 @@ def encoder_folder(name: str) -> Path:
 
 def encoder_identity(folder: Path) -> str:
     """Hash of all that decides a text's vector: the model's files, pooling, length limit."""
-    digest = hashlib.blake2b(f"{_FORMAT} {MAX_TOKENS} {pooling_of(folder)}".encode(), digest_size=12)
-    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".txt", ".model", ".safetensors"}):
+    files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model", ".safetensors"})
+    marks = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return _identity(f"{_FORMAT} {MAX_TOKENS} {pooling_of(folder)}", marks)
+
+
+@functools.lru_cache(maxsize=8)
+def _identity(setting: str, marks: tuple[tuple[Path, int, int], ...]) -> str:
+    """Large models take seconds to hash, so files that stand as they did are not read twice in a process."""
+    digest = hashlib.blake2b(setting.encode(), digest_size=12)
+    for path, _, _ in marks:
         with open(path, "rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()

@@ -197,7 +197,7 @@ for turn in range(10):
 def test_many_processes_share_a_cache(tmp_path: Path) -> None:
     """Four writers, pairs of them writing the same texts, all reading meanwhile: in the end all is there and right."""
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(number % 2)]) for number in range(4)]
-    assert [writer.wait(timeout=120) for writer in writers] == [0] * 4
+    assert [writer.wait(timeout=240) for writer in writers] == [0] * 4
     keys = text_keys([f"{pair} {turn} {n}" for pair in range(2) for turn in range(10) for n in range(20)])
     vectors, known = VectorCache(tmp_path, "x").get(keys, 4)
     assert known.all()
@@ -244,6 +244,8 @@ def test_weights_that_give_nan_are_an_error_and_nothing_is_cached(copy: Path, tm
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_workers_on_ray_give_the_same_vectors(tiny: Path, tmp_path: Path) -> None:
     texts = [f"{'word ' * (n % 7)}{n}" for n in range(40)]
     want = encode(texts, settings(tmp_path / "one", tiny))
