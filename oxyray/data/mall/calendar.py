@@ -92,19 +92,21 @@ def build(days: int, rng: np.random.Generator) -> Calendar:
     first = int(dt.datetime(dates[0].year, dates[0].month, dates[0].day, tzinfo=dt.UTC).timestamp()) - CLOCK
     season_D = np.array([(date.month % 12) // 3 for date in dates])
     feast_DT = np.zeros((days, len(FEASTS)), np.float32)
-    names = [""] * days
+    names, nearest = [""] * days, [0.0] * days
     for name, tag, lead, lasts, when in _feasts():
         for day, date in enumerate(dates):
             ahead = (when - date).days
             if -lasts < ahead <= lead:
-                feast_DT[day, FEASTS.index(tag)] = max(feast_DT[day, FEASTS.index(tag)], 1 - max(ahead, 0) / (lead + 1) * 0.7)
-                names[day] = name
+                strength = 1 - max(ahead, 0) / (lead + 1) * 0.7
+                feast_DT[day, FEASTS.index(tag)] = max(feast_DT[day, FEASTS.index(tag)], strength)
+                if strength > nearest[day]:
+                    names[day], nearest[day] = name, strength
     condition_DY, temperature_DY = _weather(dates, rng)
     return Calendar(first, days, season_D, feast_DT, tuple(names), condition_DY, temperature_DY)
 
 
 def _feasts() -> list[tuple[str, str, int, int, dt.date]]:
-    """(name, tag, days of shopping before, days it lasts, date), those that should win a shared day last."""
+    """(name, tag, days of shopping before, days it lasts, date)."""
     years = range(2023, 2027)
     fixed = [
         (name, tag, lead, lasts, dt.date(year, month, day)) for name, (tag, lead, lasts, month, day) in _FIXED.items() for year in years

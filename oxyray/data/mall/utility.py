@@ -101,6 +101,11 @@ def shelf_utility(world: World, users: Users, memory: Memory, asked: Asked, shel
     utility_BX = utility_BX + weights.brand[asked.scenario_B][:, None] * np.log1p(known_BX)
     same_BX = (brand_BX == shop.brand_I[asked.trigger_B][:, None]) & (asked.trigger_B >= 0)[:, None]
     utility_BX = utility_BX + weights.same_brand[asked.scenario_B][:, None] * same_BX
+    family_BX = shop.fits_F[shop.type_S[shelf_BX]]
+    model_BX = _model(world, memory, asked, family_BX)
+    share_BX = world.fit_share_SX[shelf_BX, model_BX]
+    fitting_BX = np.log(share_BX * np.exp(weights.fits) + (1 - share_BX) * np.exp(-weights.fits / 2))
+    utility_BX = utility_BX + weights.inclusive * np.where((family_BX >= 0) & (model_BX >= 0), fitting_BX, 0)
     # The trigger itself is not shown again: its shelf counts for what else is on it.
     left_B = np.log(np.maximum(1 - world.share_CI[asked.scenario_B, asked.trigger_B], 1e-4))
     own_BX = (shelf_BX == shop.shelf_I[asked.trigger_B][:, None]) & (asked.trigger_B >= 0)[:, None]
@@ -124,17 +129,23 @@ def item_utility(world: World, users: Users, memory: Memory, asked: Asked, item_
     bought_BX = memory.bought_item_BF[rows, type_BX] == item_BX
     utility_BX = utility_BX + bought_BX * np.where(world.cycle_F[type_BX] > 0, 2.0, -2.0)
     fits_BX = shop.fits_F[type_BX]
-    owned_BX = memory.owned_BH[rows, fits_BX]
-    asked_fit_B1 = np.where(trigger_B1 >= 0, shop.fit_I[trigger_B1], -1)
-    family_X = np.append(shop.fit_family_X, -1)
-    owned_BX = np.where(family_X[asked_fit_B1] == fits_BX, asked_fit_B1, owned_BX)
-    utility_BX = utility_BX + np.where((fits_BX >= 0) & (owned_BX >= 0), np.where(fit_BX == owned_BX, weights.fits, -weights.fits / 2), 0)
+    model_BX = _model(world, memory, asked, fits_BX)
+    fitting_BX = np.where(fit_BX == model_BX, weights.fits, -weights.fits / 2)
+    utility_BX = utility_BX + np.where((fits_BX >= 0) & (model_BX >= 0), fitting_BX, 0)
     style_B = shop.style_IA[asked.trigger_B] * weights.like_trigger[asked.scenario_B][:, None] * (asked.trigger_B >= 0)[:, None]
     if len(item_BX) == 1:
         utility_BX = utility_BX + style_B @ shop.style_IA[item_BX[0]].T
     else:
         utility_BX = utility_BX + np.einsum("ba,bxa->bx", style_B, shop.style_IA[item_BX])
     return np.where(world.pool_CI[scenario_B1, item_BX], utility_BX, -np.inf).astype(np.float32)
+
+
+def _model(world: World, memory: Memory, asked: Asked, family_BX: np.ndarray) -> np.ndarray:
+    """(B, X) The model of each family that an accessory should fit: the trigger's, else the last one bought or put in the cart; -1 none."""
+    shop = world.catalogue
+    fit_B1 = np.where(asked.trigger_B >= 0, shop.fit_I[asked.trigger_B], -1)[:, None]
+    family_X = np.append(shop.fit_family_X, -2)
+    return np.where(family_X[fit_B1] == family_BX, fit_B1, memory.owned_BH[np.arange(len(asked))[:, None], family_BX])
 
 
 def price_wish(world: World, users: Users, asked: Asked) -> np.ndarray:

@@ -67,6 +67,7 @@ class World:
     cycle_F: np.ndarray
     shelf_CKS: np.ndarray
     share_CI: np.ndarray
+    fit_share_SX: np.ndarray
     taste_KI: np.ndarray
 
     def version(self) -> str:
@@ -93,17 +94,32 @@ class World:
             raise ConfigError(f"data.mall.days: must lie in 14..900, the days that the calendar of feasts covers, got {size.days}")
         weights = WEIGHTS
         rng = np.random.default_rng([config.seed, 0])
-        goods_made = catalogue.build(range_, size.items, rng)
+        shop = catalogue.build(range_, size.items, rng)
         days = calendar.build(size.days, np.random.default_rng([config.seed, 1]))
-        people_made = people.build(range_)
-        pool_CI = pools(goods_made)
-        taste_KI = (weights.taste_item * people_made.taste_KA @ goods_made.style_IA.T).astype(np.float32)
+        hidden = people.build(range_)
+        pool_CI = pools(shop)
+        taste_KI = (weights.taste_item * hidden.taste_KA @ shop.style_IA.T).astype(np.float32)
         return World(
-            config.seed, size, weights, goods_made, days, people_made, pool_CI,
-            _base(goods_made, pool_CI, weights, rng), _profile(range_), _context(range_, days), _parts(range_),
-            _triggers(range_), range_.complement_FF, range_.numbers("durable_days"), range_.numbers("cycle_days"),
-            _shelves(goods_made, people_made, pool_CI, taste_KI, weights), _shares(goods_made, pool_CI, weights), taste_KI,
-        )  # fmt: skip
+            seed=config.seed,
+            size=size,
+            weights=weights,
+            catalogue=shop,
+            calendar=days,
+            people=hidden,
+            pool_CI=pool_CI,
+            base_CF=_base(shop, pool_CI, weights, rng),
+            profile_GEF=_profile(range_),
+            context_DYF=_context(range_, days),
+            part_PF=range_.tag(*calendar.PARTS).T.copy(),
+            trigger_CFF=_triggers(range_),
+            complement_FF=range_.complement_FF,
+            durable_F=range_.numbers("durable_days"),
+            cycle_F=range_.numbers("cycle_days"),
+            shelf_CKS=_shelves(shop, hidden, pool_CI, taste_KI, weights),
+            share_CI=_shares(shop, pool_CI, weights),
+            fit_share_SX=_fit_shares(shop, weights),
+            taste_KI=taste_KI,
+        )
 
 
 def pools(shop: Catalogue) -> np.ndarray:
@@ -150,10 +166,6 @@ def _context(range_: goods.Goods, days: Calendar) -> np.ndarray:
     return ((season_DF + feast_DF)[:, None] + weather_DYF + warmth_DY2 @ range_.tag(*calendar.WARMTH).T).astype(np.float32)
 
 
-def _parts(range_: goods.Goods) -> np.ndarray:
-    return range_.tag(*calendar.PARTS).T.copy()
-
-
 def _triggers(range_: goods.Goods) -> np.ndarray:
     """(C, F, F): what a trigger of the first product type does for the second.
 
@@ -170,9 +182,9 @@ def _triggers(range_: goods.Goods) -> np.ndarray:
     return table
 
 
-def _shelves(shop: Catalogue, people_made: People, pool_CI: np.ndarray, taste_KI: np.ndarray, weights: Weights) -> np.ndarray:
+def _shelves(shop: Catalogue, hidden: People, pool_CI: np.ndarray, taste_KI: np.ndarray, weights: Weights) -> np.ndarray:
     """(C, K, S): what a taste finds on a shelf (the inclusive value of its items in the pool) and thinks of its brand."""
-    brand_KS = weights.taste_brand * (people_made.taste_KA @ shop.brand_style_MA.T)[:, shop.brand_S]
+    brand_KS = weights.taste_brand * (hidden.taste_KA @ shop.brand_style_MA.T)[:, shop.brand_S]
     found: dict[bytes, np.ndarray] = {}
     rows = []
     for pool_I in pool_CI:
@@ -189,3 +201,11 @@ def _shares(shop: Catalogue, pool_CI: np.ndarray, weights: Weights) -> np.ndarra
     value_CI = np.where(pool_CI, np.exp(weights.quality * shop.quality_I), 0)
     sum_CS = np.add.reduceat(value_CI, shop.item_of_shelf_S1[:-1], axis=1)
     return (value_CI / np.maximum(sum_CS, 1e-9)[:, shop.shelf_I]).astype(np.float32)
+
+
+def _fit_shares(shop: Catalogue, weights: Weights) -> np.ndarray:
+    """(S, X): the part of a shelf, by quality, that fits each model X; 0 for goods that fit no model."""
+    share_SX = np.zeros((len(shop.type_S), max(1, len(shop.fit_names))), np.float64)
+    fitted = np.flatnonzero(shop.fits_F[shop.type_I] >= 0)
+    np.add.at(share_SX, (shop.shelf_I[fitted], shop.fit_I[fitted]), np.exp(weights.quality * shop.quality_I[fitted]))
+    return (share_SX / np.maximum(share_SX.sum(1, keepdims=True), 1e-9)).astype(np.float32)
