@@ -25,7 +25,7 @@ class Course:
     best: float | None = None
     best_step: int = 0
     without_gain: int = 0
-    validated_at: int = 0
+    validated_at: int = -1
     ended: str = ""
 
 

@@ -52,19 +52,19 @@ def fill_moments(engine: Any, policy: nn.Module, moments: Moments | None) -> Non
                 engine.optimizer.set_local_hp_param(_own_piece(parameter, value), parameter, key)
 
 
-def read_dense(engine: Any, policy: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each parameter of `policy`: its fp32 weight and moments, whole, on the CPU. Collective."""
+def read_dense(engine: Any, policy: nn.Module, moments: bool = True) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each parameter of `policy`: its fp32 weight (and moments), whole, on the CPU. Collective."""
     stage, adam = engine.zero_optimization_stage(), _adam(engine)
+    keys: tuple[str | None, ...] = (None, *(MOMENTS if moments else ()))
     for name, parameter in policy.named_parameters():
         if stage == 0:
-            values = [parameter, *(adam.state[parameter][key] for key in MOMENTS)]
+            values = [parameter if key is None else adam.state[parameter][key] for key in keys]
         elif stage < 3:
-            values = [parameter.get_full_hp_param(key) for key in (None, *MOMENTS)]  # type: ignore[attr-defined]
+            values = [parameter.get_full_hp_param(key) for key in keys]  # type: ignore[attr-defined]
         else:
-            values = [engine.optimizer.get_full_hp_param(parameter, key) for key in (None, *MOMENTS)]
+            values = [engine.optimizer.get_full_hp_param(parameter, key) for key in keys]
         # Copies: views into live memory would change under a reader that keeps them.
-        copies = [value.detach().float().cpu().clone() for value in values]
-        yield name, dict(zip(("weight", *MOMENTS), copies, strict=True))
+        yield name, {key or "weight": value.detach().float().cpu().clone() for key, value in zip(keys, values, strict=True)}
 
 
 def _own_piece(parameter: nn.Parameter, value: Tensor) -> Tensor:

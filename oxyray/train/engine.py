@@ -126,13 +126,13 @@ class TrainEngine:
         with torch.no_grad():
             return self.tables.lookup(ids)
 
-    def dense(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def dense(self, moments: bool = True) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Each parameter whole, in fp32, on the CPU of every rank, one at a time: name and {weight, exp_avg, exp_avg_sq}. Collective."""
-        return read_dense(self._dense, self.policy)
+        return read_dense(self._dense, self.policy, moments)
 
     def gather_dense(self) -> dict[str, Tensor]:
         """The policy's consolidated fp32 state dict on rank 0, empty elsewhere. Collective; right for every ZeRO stage."""
-        weights = {name: values["weight"] for name, values in self.dense()}
+        weights = {name: values["weight"] for name, values in self.dense(moments=False)}
         if self.rank:
             return {}
         saved = {name: value for name, value in self.policy.state_dict().items() if name not in weights}

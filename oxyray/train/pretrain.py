@@ -51,8 +51,7 @@ def pretrain(config: Config, run: Run) -> None:
     for name in ("stop", "error.json", "progress.json"):
         (folder / name).unlink(missing_ok=True)
     del inputs  # the workers read their own
-    start(config.cluster, local_cpus=config.train.workers, quiet=True)
-    with _Watch(folder) as watch, _stop_on_sigterm(folder / "stop"):
+    with _ray(config), _Watch(folder) as watch, _stop_on_sigterm(folder / "stop"):
         _fit(config, run)
     _raise_left_error(folder)
     if (folder / "stop").exists():
@@ -94,10 +93,12 @@ def _fit(config: Config, run: Run) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     train = config.train
-    gpu = train.gpu == "auto" and ray.cluster_resources().get("GPU", 0) >= train.workers
-    cpus = ray.cluster_resources().get("CPU", 0)
-    if cpus < train.workers:
-        raise ConfigError(f"train.workers={train.workers}, but the Ray cluster has {cpus:g} CPUs: use fewer workers or a larger cluster")
+    have = ray.cluster_resources()
+    gpu = train.gpu == "auto" and have.get("GPU", 0) > 0
+    for kind in ("CPU", "GPU") if gpu else ("CPU",):
+        if have.get(kind, 0) < train.workers:
+            mend = "use fewer workers" + (" or train.gpu=never" if kind == "GPU" else " or a larger cluster")
+            raise ConfigError(f"train.workers={train.workers}, but Ray has {have.get(kind, 0):g} {kind}s: {mend}")
     # A worker that cannot start in time is an error, not a wait.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(train.timeout_s, config.cluster.start_timeout_s))
     # Ray Train wants a place for its own records; nothing in it is needed afterwards.
@@ -195,6 +196,20 @@ def _summary(folder: Path) -> str:
     end = read_json(folder / "progress.json")
     best = "" if end["best"] is None else f"; best validation hit rate {end['best']:.4f}"
     return f"pretrain: {end['ended']} at step {end['step']}, {end['minutes']:.1f} minutes{best}; the model is of step {end['best_step']}"
+
+
+@contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    """Ray as it runs already, or one of this stage's own that ends with it."""
+    import ray
+
+    mine = not ray.is_initialized()
+    start(config.cluster, local_cpus=config.train.workers, quiet=True)
+    try:
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
 
 
 @contextmanager

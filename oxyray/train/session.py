@@ -172,7 +172,7 @@ class Session:
         if self.config.train.optim.zero_stage < 3:
             return cast(Policy, self.engine.policy)
         self._twin = self._twin or self.inputs.policy(self.config.model).to(self.device)
-        whole_weights = {name: values["weight"] for name, values in self.engine.dense()}
+        whole_weights = {name: values["weight"] for name, values in self.engine.dense(moments=False)}
         self._twin.load_state_dict(whole_weights, strict=False)
         return self._twin
 

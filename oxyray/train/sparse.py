@@ -14,6 +14,7 @@ Legend: n ids, D row width.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,8 +171,9 @@ def _shard(specs: Sequence[TableSpec], optim: OptimConfig, device: torch.device)
     settings = {"lr": optim.table_lr} | ({} if optim.table_optimizer == "sgd" else {"eps": 1e-8})
     apply_optimizer_in_backward(kind, module.parameters(), settings)
     sharder = EmbeddingCollectionSharder()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # workers on this machine: which device of it a rank has
     plan = construct_module_sharding_plan(
-        module, {spec.name: row_wise() for spec in specs}, sharder=sharder, local_size=world, world_size=world, device_type=device.type
+        module, {spec.name: row_wise() for spec in specs}, sharder=sharder, local_size=here, world_size=world, device_type=device.type
     )
     return sharder.shard(module, plan, ShardingEnv.from_process_group(dist.group.WORLD), device=device)
 

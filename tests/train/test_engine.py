@@ -5,26 +5,36 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from oxyray.config import OptimConfig
+from oxyray.data.requests import training_segments
 from oxyray.errors import TrainingError
+from oxyray.model.tables import TableSpec
 from oxyray.train.engine import TrainEngine, schedule
+from tests.model.toys import Toy
 from tests.train.toy import SPECS, Reference, ToyBatch, ToyPolicy, global_steps
 from tests.train.train_workers import run
 
 OPTIM = OptimConfig(lr=0.02, table_lr=0.1, clip=0.7, weight_decay=0.01, warmup_share=0.2)
+# The real policy is rougher ground: with large steps rounding alone would pass 1e-6 in the tables.
+REAL_OPTIM = dataclasses.replace(OPTIM, lr=0.002, table_lr=0.02)
 STEPS, MICRO = 10, 3
+HEADS = ("tied", "codes")
+REAL_SPECS = [TableSpec(name="item", rows=40, dim=8, init_std=0.5), TableSpec(name="user", rows=6, dim=8, init_std=0.5)]
 # Without this ZeRO-3 would keep parameters this small whole on every rank, and nothing would be tested.
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
-def train(stage: int, precision: str = "fp32") -> dict[str, Any]:
-    optim = dataclasses.replace(OPTIM, zero_stage=stage, precision=precision)
-    engine = TrainEngine(ToyPolicy(), SPECS, optim, total_steps=STEPS, micro_batches=MICRO, seed=5, deepspeed=SPLIT_ALL)
-    data = global_steps(STEPS, dist.get_world_size(), MICRO)
+def train(stage: int, precision: str = "fp32", head: str | None = None) -> dict[str, Any]:
+    optim = dataclasses.replace(OPTIM if head is None else REAL_OPTIM, zero_stage=stage, precision=precision)
+    policy, specs = (ToyPolicy(), SPECS) if head is None else (real_shop(head).policy, REAL_SPECS)
+    engine = TrainEngine(policy, specs, optim, total_steps=STEPS, micro_batches=MICRO, seed=5, deepspeed=SPLIT_ALL)
+    world = dist.get_world_size()
+    data = global_steps(STEPS, world, MICRO) if head is None else real_steps(head, world)
     stats = [engine.step(step[dist.get_rank()]) for step in data]
     found = {
         "loss": [s.loss for s in stats],
@@ -37,10 +47,42 @@ def train(stage: int, precision: str = "fp32") -> dict[str, Any]:
     return found
 
 
-def all_stages() -> dict[str, Any]:
-    found = {f"stage{stage}": train(stage) for stage in range(4)}
+def real_shop(head: str) -> Toy:
+    """The real policy in float32 on a random shop; nothing in it is random from step to step."""
+    toy = Toy(head)
+    toy.policy = toy.policy.float()
+    features = toy.features
+    assert features.text_IF is not None
+    toy.collate = dataclasses.replace(toy.collate, features=dataclasses.replace(features, text_IF=features.text_IF.float()))
+    return toy
+
+
+def real_steps(head: str, world: int) -> list[Any]:
+    """All segments in every step, dealt out anew to ranks and micro-batches of unequal sizes; in one step the last rank counts for
+    nothing."""
+    toy, steps = real_shop(head), []
+    segments = training_segments(toy.timeline, toy.config.history)
+    for step in range(STEPS):
+        owner = np.random.default_rng(step).integers(0, world * MICRO, len(segments))
+        owner[: world * MICRO] = np.arange(world * MICRO)
+        pieces = [toy.collate(toy.timeline, segments.take(np.flatnonzero(owner == k))) for k in range(world * MICRO)]
+        ranks = [pieces[rank::world] for rank in range(world)]
+        if step == 4 and world > 1:
+            ranks[-1] = [dataclasses.replace(batch, weight_Q=torch.zeros_like(batch.weight_Q)) for batch in ranks[-1]]
+        steps.append(ranks)
+    return steps
+
+
+def trials(world: int) -> list[tuple[str, int]]:
+    """What is trained: the toy policy or a head of the real one, and the ZeRO stage. With one rank the stages differ little."""
+    return [("toy", 0), ("toy", 3)] if world == 1 else [*(("toy", stage) for stage in range(4)), ("tied", 1), ("tied", 3), ("codes", 2)]
+
+
+def everything() -> dict[str, Any]:
+    world = dist.get_world_size()
+    found = {f"{kind}{stage}": train(stage, head=None if kind == "toy" else kind) for kind, stage in trials(world)}
     found["bf16"] = train(2, "bf16")
-    found["not_finite"] = [refuses(stage) for stage in range(4)]
+    found["not_finite"] = [refuses(stage) for stage in range(world - 1, 4)]
     return found
 
 
@@ -65,37 +107,42 @@ def refuses(stage: int) -> str:
 @pytest.fixture(scope="module", params=[1, 2])
 def results(request: pytest.FixtureRequest) -> tuple[list[Any], dict[str, Any]]:
     world = request.param
-    reference = Reference(OPTIM, STEPS, 5, ToyPolicy())
-    data = global_steps(STEPS, world, MICRO)
+    expected = {"toy": expect(Reference(OPTIM, STEPS, 5, ToyPolicy()), global_steps(STEPS, world, MICRO))}
+    for head in HEADS if world == 2 else ():
+        expected[head] = expect(Reference(REAL_OPTIM, STEPS, 5, real_shop(head).policy.train(), REAL_SPECS), real_steps(head, world))
+    return run(world, everything), expected
+
+
+def expect(reference: Reference, data: list[Any]) -> dict[str, Any]:
     steps = [reference.step([batch for rank in step for batch in rank]) for step in data]
-    expected = {
+    return {
         "loss": [s[0] for s in steps],
         "norm": [s[1] for s in steps],
         "dense": dict(reference.policy.state_dict()),
         "tables": reference.tables,
     }
-    return run(world, all_stages), expected
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_step_equals_single_process_reference(results: Any, stage: int) -> None:
-    found, expected = results
-    assert max(expected["norm"]) > OPTIM.clip  # else clipping would go untested
-    for rank in found:
-        got = rank[f"stage{stage}"]
-        torch.testing.assert_close(got["loss"], expected["loss"], atol=1e-5, rtol=0)
-        torch.testing.assert_close(got["norm"], expected["norm"], atol=1e-5, rtol=1e-5)
-        for name, table in expected["tables"].items():
-            torch.testing.assert_close(got["tables"][name], table.detach(), atol=1e-6, rtol=0)
-    dense = found[0][f"stage{stage}"]["dense"]
-    assert dense.keys() == expected["dense"].keys()
-    for name, value in expected["dense"].items():
-        torch.testing.assert_close(dense[name], value, atol=1e-6, rtol=0)
+def test_step_equals_single_process_reference(results: Any) -> None:
+    found, every = results
+    for kind, stage in trials(len(found)):
+        expected = every[kind]
+        assert max(expected["norm"]) > OPTIM.clip  # else clipping would go untested
+        for rank in found:
+            got = rank[f"{kind}{stage}"]
+            torch.testing.assert_close(got["loss"], expected["loss"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(got["norm"], expected["norm"], atol=1e-5, rtol=1e-4)
+            for name, table in expected["tables"].items():
+                torch.testing.assert_close(got["tables"][name], table.detach(), atol=1e-6, rtol=0)
+        dense = found[0][f"{kind}{stage}"]["dense"]
+        assert dense.keys() == expected["dense"].keys()
+        for name, value in expected["dense"].items():
+            torch.testing.assert_close(dense[name], value, atol=1e-6 if kind == "toy" else 2e-5, rtol=0)
 
 
 def test_bf16_follows_fp32(results: Any) -> None:
     found, expected = results
-    torch.testing.assert_close(found[0]["bf16"]["loss"], expected["loss"], atol=0.05, rtol=0.05)
+    torch.testing.assert_close(found[0]["bf16"]["loss"], expected["toy"]["loss"], atol=0.05, rtol=0.05)
 
 
 def test_not_finite_loss_stops_before_any_change(results: Any) -> None:
@@ -109,7 +156,7 @@ def test_not_finite_loss_stops_before_any_change(results: Any) -> None:
 
 def test_time_shares_are_measured(results: Any) -> None:
     found, _ = results
-    seconds = found[0]["stage1"]["seconds"]
+    seconds = found[0]["toy3"]["seconds"]
     assert set(seconds) == {"data", "sparse", "forward", "backward", "optimizer"}
     assert all(value > 0 for value in seconds.values())
 

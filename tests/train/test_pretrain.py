@@ -1,0 +1,142 @@
+"""The stage on a real Ray: a killed worker, an error that must not be retried, SIGTERM, a run that is over."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from oxyray.config import ClusterConfig, Config, OptimConfig, TrainConfig, to_dict
+from oxyray.errors import RunError, TrainingError
+from oxyray.files import read_json, write_json
+from oxyray.run import Run
+from oxyray.train import checkpoint
+from oxyray.train.pretrain import pretrain
+from tests.evaluate.shop import prepared_run
+from tests.train.test_session import two_workers
+from tests.train.train_workers import run as spawn
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    made, _ = prepared_run(tmp_path_factory.mktemp("shop"))
+    train = TrainConfig(
+        epochs=30, targets_per_step=40, workers=2, eval_requests=20, eval_every_epochs=10, save_every_minutes=0.005, max_restarts=2,
+        optim=OptimConfig(zero_stage=2),
+    )  # fmt: skip
+    return dataclasses.replace(made, train=train, cluster=ClusterConfig(object_store_gb=0.1, start_timeout_s=300))
+
+
+def copy(config: Config, folder: Path) -> Config:
+    """The same run in a folder of its own, without what was trained."""
+    shutil.copytree(config.run_dir, folder, ignore=shutil.ignore_patterns("pretrain"))
+    return dataclasses.replace(config, run_dir=str(folder))
+
+
+def when_at(folder: Path, step: int, act: Any, limit_s: float = 400) -> threading.Thread:
+    """Call `act(progress)` once training has passed `step`."""
+
+    def wait() -> None:
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end:
+            try:
+                progress = read_json(folder / "pretrain" / "progress.json")
+            except RunError:
+                progress = {"step": 0}
+            if progress["step"] >= step:
+                return act(progress)
+            time.sleep(0.02)
+        return None
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    model = folder / "pretrain" / "model"
+    return load_file(model / "policy.safetensors") | load_file(model / "tables.safetensors")
+
+
+def test_a_killed_worker_repeats_no_batch_and_loses_none(config: Config, tmp_path: Path, capsys: Any) -> None:
+    calm, hit = copy(config, tmp_path / "calm"), copy(config, tmp_path / "hit")
+    spawn(2, two_workers, {"calm": to_dict(calm)})
+    killed: list[int] = []
+
+    def kill(progress: dict[str, Any]) -> None:
+        os.kill(progress["pids"][1], signal.SIGKILL)
+        killed.append(progress["step"])
+
+    killer = when_at(tmp_path / "hit", 10, kill)
+    run = Run(hit.run_dir)
+    pretrain(hit, run)
+    killer.join(timeout=10)
+    total = read_json(run.path("pretrain", "progress.json"))["total"]
+    assert killed
+    assert killed[0] < total
+    assert any(line.get("resumed") for line in run.metrics("pretrain"))
+    a, b = weights(tmp_path / "calm"), weights(tmp_path / "hit")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not list(run.path("pretrain").glob(".ray-*"))
+
+    capsys.readouterr()
+    pretrain(hit, run)
+    assert "already over" in capsys.readouterr().out
+
+    optim = OptimConfig(lr=1e30, clip=1e30, warmup_share=0.0)
+    wild = dataclasses.replace(hit, train=dataclasses.replace(hit.train, optim=optim, workers=1, max_restarts=1))
+    with pytest.raises(TrainingError, match="not finite"):
+        pretrain(wild, run)
+    assert "begins anew" in capsys.readouterr().out
+    assert all(torch.equal(a[name], b) for name, b in weights(tmp_path / "hit").items())  # the earlier model stands
+
+
+SCRIPT = """
+import sys
+from oxyray.config import Config, from_dict
+from oxyray.errors import OxyrayError
+from oxyray.files import read_json
+from oxyray.run import Run
+from oxyray.train.pretrain import pretrain
+config = from_dict(Config, read_json(sys.argv[1]))
+try:
+    pretrain(config, Run(config.run_dir))
+except OxyrayError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def test_sigterm_leaves_a_checkpoint(config: Config, tmp_path: Path) -> None:
+    long = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=3000, workers=1, save_every_minutes=60))
+    made = copy(long, tmp_path / "run")
+    write_json(tmp_path / "config.json", to_dict(made))
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "config.json")], env=environment, stderr=subprocess.PIPE, text=True, cwd=root
+    )
+    when_at(tmp_path / "run", 5, lambda progress: process.send_signal(signal.SIGTERM))
+    try:
+        said = process.communicate(timeout=500)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "error: stopped on request" in said
+    found = checkpoint.latest(tmp_path / "run" / "pretrain" / "checkpoints")
+    assert found is not None
+    assert found.step >= 5
+    assert found.meta["course"]["ended"] == ""
+    assert not (tmp_path / "run" / "pretrain" / "model").exists()
