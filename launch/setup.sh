@@ -18,6 +18,13 @@ find_python() {
   fail "Python 3.11 or 3.12 with venv is needed, and none was found (on Debian or Ubuntu: apt install python3.11-venv); OXYRAY_PYTHON=/path names one"
 }
 
+pip_install() {  # quiet, as pip warns of what is meant (torchrec's own list); what it said is shown when it fails
+  if ! "$VENV/bin/pip" install "$@" >"$VENV/setup.log" 2>&1; then
+    tail -n 20 "$VENV/setup.log" >&2
+    fail "pip install $* failed, see above and $VENV/setup.log"
+  fi
+}
+
 device() {
   if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda; else echo cpu; fi
 }
@@ -26,9 +33,9 @@ install_torch_cpu() {  # the CPU build's own index where it answers, else whatev
   local version index=https://download.pytorch.org/whl/cpu
   version="$(sed -n 's/^ *"torch==\([^"]*\)",$/\1/p' "$ROOT/pyproject.toml")"
   if curl -sfI -m 5 "$index/torch/" >/dev/null 2>&1; then
-    "$VENV/bin/pip" install --quiet --index-url "$index" "torch==$version"
+    pip_install --index-url "$index" "torch==$version"
   else
-    "$VENV/bin/pip" install --quiet "torch==$version"
+    pip_install "torch==$version"
   fi
 }
 
@@ -50,14 +57,14 @@ layer() {
   [ "$(cat "$mark" 2>/dev/null)" = "$want" ] && return
   if [ ! -x "$VENV/bin/pip" ] || { [ -f "$mark" ] && [ "$(cut -d' ' -f1 "$mark")" != "$device" ]; }; then
     python="$(find_python)" || exit 1
-    say "making .venv for $device with $("$python" --version); the first set-up takes some minutes"
+    say "making .venv for $device with $("$python" --version); the first set-up downloads some 2 GB at most and takes minutes"
     "$python" -m venv --clear "$VENV" || fail "could not make $VENV: is there space on the disk?"
   fi
-  say "installing $(basename "$list")"
-  DS_BUILD_OPS=0 "$VENV/bin/pip" install --quiet --no-deps --require-hashes -r "$list" || fail "pip could not install $list, see above"
+  say "installing launch/$(basename "$list"): $(grep -c '^[a-z]' "$list") packages"
+  DS_BUILD_OPS=0 pip_install --no-deps --require-hashes -r "$list"
   if [ "$name" = run ]; then
-    if [ "$device" = cpu ]; then install_torch_cpu || fail "pip could not install torch, see above"; fi
-    "$VENV/bin/pip" install --quiet --no-deps --no-build-isolation --editable "$ROOT" || fail "pip could not install oxyray itself, see above"
+    if [ "$device" = cpu ]; then install_torch_cpu; fi
+    pip_install --no-deps --no-build-isolation --editable "$ROOT"
   fi
   printf '%s\n' "$want" >"$mark"
 }

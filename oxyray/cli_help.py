@@ -28,7 +28,7 @@ _OPTIONS = """\
 _EXAMPLES = """\
   oxyray run data=mall                              the embedded shop, from logs to a report
   oxyray run data=tables data.path=/my/tables       your own tables
-  oxyray recommend data=mall user=U000001 k=5       look at what one user gets
+  oxyray recommend data=mall user=u0000001 k=5       look at what one user gets
   oxyray pretrain -m model.width=64,128             a sweep; add hydra/launcher=ray to run its jobs side by side
   oxyray run debug=fast                             every stage for a few seconds"""
 # What a command reads beyond the settings of its own stage.

@@ -84,7 +84,7 @@ def run_on_ray(jobs: list[Job], *, jobs_at_once: int | None, max_hours: float) -
     import ray
 
     configs = [job.config() for job in jobs]
-    print(start(configs[0].cluster), flush=True)
+    print(start(configs[0].cluster, quiet=True), flush=True)
     cpus = int(ray.cluster_resources().get("CPU", 1))
     workers = max(config.train.workers for config in configs)
     at_once = min(jobs_at_once or max(1, cpus // workers), len(jobs))
@@ -99,6 +99,7 @@ def run_on_ray(jobs: list[Job], *, jobs_at_once: int | None, max_hours: float) -
         while waiting and len(running) < at_once:
             job = waiting.pop()
             running[task.remote(job)] = job
+            print(f"job {job.number} ({job.words}): starts; its log is {job.folder}/logs/latest/main.log", flush=True)
         done, _ = ray.wait(list(running), timeout=_POLL_S)
         for ref in done:
             job = running.pop(ref)

@@ -18,7 +18,7 @@ def perform(name: str, config: Config) -> None:
     with attempt(run.folder, ["oxyray", name]):
         if name == "run":
             pipeline.run_all(config)
-            print(f"report: {run.path('report', 'report.html')}")
+            print(f"open {run.path('report', 'report.html')} in a browser")
         else:
             pipeline.run_one(name, config)
 
