@@ -12,8 +12,8 @@ from scipy import stats
 from oxyray.config import MallConfig
 from oxyray.data import mall
 from oxyray.data.mall import belief, optimum, people, queries
-from oxyray.data.mall.blocks import make_pagers
 from oxyray.data.mall.optimum import Optimum
+from oxyray.data.mall.pieces import Shared
 from oxyray.data.mall.simulate import PERSONA_LASTS, block_users, choose, live
 from oxyray.data.mall.slates import KEPT, OUTSIDE
 from oxyray.data.mall.utility import action_probability, item_utility, persona_utility, shelf_utility, type_utility
@@ -281,7 +281,7 @@ def test_pages_agree_with_the_choice_model(truth):
 
 def test_pager_cuts_the_pool_into_pages(truth):
     """Whatever the cut, each item is on one page: a page called up by any of its items is the same set, with the same random draws."""
-    for pager, pool_I in zip(make_pagers(truth.world), truth.world.pool_CI, strict=True):
+    for pager, pool_I in zip(Shared.make(truth.world).pagers, truth.world.pool_CI, strict=True):
         pool = np.flatnonzero(pool_I)
         pages: dict[frozenset[int], set[int]] = {}
         for item in pool.tolist():

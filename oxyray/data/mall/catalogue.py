@@ -82,7 +82,7 @@ def build(goods: Goods, items: int, rng: np.random.Generator) -> Catalogue:
     shelves_F = np.clip(np.round(np.sqrt(count_F)), 2, 120).astype(np.int64)
     names, tier_M, brand_style_MA, brand_S = _brands(goods, shelves_F, rng)
     type_S = np.repeat(np.arange(len(goods)), shelves_F)
-    count_S = np.concatenate([_split(int(n), rng.lognormal(0, 0.5, s), 1, rng) for n, s in zip(count_F, shelves_F, strict=True)])
+    count_S = np.concatenate([_split(int(n), rng.lognormal(0, 0.35, s), 1, rng) for n, s in zip(count_F, shelves_F, strict=True)])
     shelf_I = np.repeat(np.arange(len(type_S)), count_S)
     type_I, brand_I = type_S[shelf_I], brand_S[shelf_I]
     lean_IA = brand_style_MA[brand_I]

@@ -42,8 +42,9 @@ def pixels(catalogue: Catalogue, items: np.ndarray) -> np.ndarray:
         kind, pattern = divmod(key, len(PATTERNS))
         here = np.flatnonzero((kind_N == kind) & (pattern_N == pattern))
         share_PL = _shape(catalogue.goods.types[kind].shape, pattern)
-        painted = np.einsum("pl,nlc->npc", share_PL, colours_NL3[here]) * light_N[here, None, None]
-        out_N[here] = np.clip(np.round(painted), 0, 255).astype(np.uint8).reshape(-1, SIDE, SIDE, 3)
+        colours_LX = (colours_NL3[here] * light_N[here, None, None]).transpose(1, 0, 2).reshape(len(_LAYERS) + 1, -1)
+        painted_PN3 = (share_PL @ colours_LX).reshape(-1, len(here), 3)
+        out_N[here] = np.clip(np.round(painted_PN3), 0, 255).astype(np.uint8).transpose(1, 0, 2).reshape(-1, SIDE, SIDE, 3)
     for shift in range(9):
         moved = shift_N == shift
         out_N[moved] = np.roll(out_N[moved], (shift // 3 - 1, shift % 3 - 1), axis=(1, 2))

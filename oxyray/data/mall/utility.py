@@ -113,7 +113,10 @@ def shelf_utility(world: World, users: Users, memory: Memory, asked: Asked, shel
 
 
 def item_utility(world: World, users: Users, memory: Memory, asked: Asked, item_BX: np.ndarray) -> np.ndarray:
-    """float32 (B, X): utility of items but for taste, `world.taste_KI`; -inf outside the scenario's pool."""
+    """float32 (B, X): utility of items but for taste, `world.taste_KI`; -inf outside the scenario's pool.
+
+    Each row of `item_BX` is a range of item numbers, as `candidates` gives it; one row alone stands for all requests.
+    """
     weights, shop = world.weights, world.catalogue
     scenario_B1, trigger_B1 = asked.scenario_B[:, None], asked.trigger_B[:, None]
     type_BX, fit_BX = shop.type_I[item_BX], shop.fit_I[item_BX]
@@ -121,9 +124,7 @@ def item_utility(world: World, users: Users, memory: Memory, asked: Asked, item_
         weights.quality * shop.quality_I[item_BX]
         - weights.price * (shop.price_rank_I[item_BX] - price_wish(world, users, asked)[:, None]) ** 2
     )
-    fresh_BR = np.where(asked.time_B[:, None] - memory.recent_time_BR < _AGAIN_DAYS * DAY, memory.recent_BR, -1)
-    again_BX = (item_BX[:, :, None] == fresh_BR[:, None, :]).sum(-1)
-    utility_BX = utility_BX + weights.again[scenario_B1] * again_BX
+    utility_BX = utility_BX + weights.again[scenario_B1] * _seen(memory, asked, item_BX)
     utility_BX = utility_BX - 8.0 * (item_BX == trigger_B1)
     rows = np.arange(len(asked))[:, None]
     bought_BX = memory.bought_item_BF[rows, type_BX] == item_BX
@@ -138,6 +139,19 @@ def item_utility(world: World, users: Users, memory: Memory, asked: Asked, item_
     else:
         utility_BX = utility_BX + np.einsum("ba,bxa->bx", style_B, shop.style_IA[item_BX])
     return np.where(world.pool_CI[scenario_B1, item_BX], utility_BX, -np.inf).astype(np.float32)
+
+
+def _seen(memory: Memory, asked: Asked, item_BX: np.ndarray) -> np.ndarray:
+    """(B, X) How often each item was chosen in the last `_AGAIN_DAYS` days."""
+    width = item_BX.shape[1]
+    offset_BR = memory.recent_BR - item_BX[:, :1]
+    fresh_BR = (asked.time_B[:, None] - memory.recent_time_BR < _AGAIN_DAYS * DAY) & (offset_BR >= 0) & (offset_BR < width)
+    row_N, place_N = np.nonzero(fresh_BR)
+    offset_N = offset_BR[row_N, place_N]
+    real_N = item_BX[row_N % len(item_BX), offset_N] == memory.recent_BR[row_N, place_N]
+    seen_BX = np.zeros((len(asked), width), np.float32)
+    np.add.at(seen_BX, (row_N[real_N], offset_N[real_N]), 1)
+    return seen_BX
 
 
 def _model(world: World, memory: Memory, asked: Asked, family_BX: np.ndarray) -> np.ndarray:
