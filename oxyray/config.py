@@ -159,8 +159,10 @@ class SidConfig:
     def __post_init__(self) -> None:
         _need(self.levels >= 1, "sid.levels", f"must be at least 1, got {self.levels}")
         _need(2 <= self.width <= 65536, "sid.width", f"must lie in 2..65536, got {self.width}")
-        _need(self.iterations >= 1, "sid.iterations", f"must be at least 1, got {self.iterations}")
-        _need(self.workers >= 1, "sid.workers", f"must be at least 1, got {self.workers}")
+        for name in ("iterations", "workers", "batch_items", "behaviour_dim"):
+            _need(getattr(self, name) >= 1, f"sid.{name}", f"must be at least 1, got {getattr(self, name)}")
+        _need(self.pca_dim >= 0, "sid.pca_dim", f"must be 0 (off) or more, got {self.pca_dim}")
+        _need(self.behaviour_weight > 0, "sid.behaviour_weight", f"must be positive (or sid.vectors=text), got {self.behaviour_weight}")
 
 
 @dataclass(kw_only=True)
@@ -184,7 +186,7 @@ class ModelConfig:
     text_input: give the encoder the items' text vectors
     item_loss: weight of the auxiliary item-level loss; 0 turns it off
     item_negatives: items drawn as negatives of the item-level loss
-    label_smoothing: share of the target's probability spread over the other codes
+    distill: weight of the codes' cross-entropy to the item-level softmax (tied head, item_negatives=0); 0 turns it off
     """
 
     width: int = 64
@@ -201,7 +203,7 @@ class ModelConfig:
     text_input: bool = True
     item_loss: float = 0.5
     item_negatives: int = 2048
-    label_smoothing: float = 0.0
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "encoder_layers", "decoder_layers", "hidden", "history", "row_dim"):
@@ -213,7 +215,13 @@ class ModelConfig:
         _need(self.row_dim % 4 == 0, "model.row_dim", f"must be a multiple of 4 (an embedding kernel's rule), got {self.row_dim}")
         _need(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
         _need(self.item_loss >= 0, "model.item_loss", f"must be 0 or more, got {self.item_loss}")
-        _need(0 <= self.label_smoothing < 1, "model.label_smoothing", f"must lie in [0, 1), got {self.label_smoothing}")
+        _need(self.distill >= 0, "model.distill", f"must be 0 or more, got {self.distill}")
+        possible = self.head == "tied" and self.item_loss > 0 and self.item_negatives == 0
+        _need(
+            self.distill == 0 or possible,
+            "model.distill",
+            "learns from the whole item softmax: set model.head=tied, model.item_loss above 0 and model.item_negatives=0",
+        )
 
 
 @dataclass(kw_only=True)
@@ -353,10 +361,10 @@ class SasrecConfig:
     heads: int = 2
     dropout: float = 0.4
     history: int = 50
-    lr: float = 1e-3
+    lr: float = 3e-3
     epochs: int = 60
     patience: int = 5
-    targets_per_step: int = 3500
+    targets_per_step: int = 1024
     max_minutes: float | None = None
 
     def __post_init__(self) -> None:
