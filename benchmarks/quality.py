@@ -48,8 +48,8 @@ def show(report: Report, results: dict[str, Any], protocol: str, level: str, tit
         return
     names = list(found[0][1])
     rows: list[list[Any]] = [[model, *(round(metrics[name], 4) for name in names)] for model, metrics in found]
-    optimum = results.get("optimum") if (protocol, level) == ("all", "item") else None
-    for kind, label in OPTIMUM_TITLES.items() if optimum else ():
+    optimum = results.get("optimum") or {}
+    for kind, label in OPTIMUM_TITLES.items() if optimum and (protocol, level) == ("all", "item") else ():
         best = next(e["metrics"] for e in optimum[kind] if e["scenario"] is None)
         rows.append([label, *(round(best[name], 4) if name in best else None for name in names)])
     report.table(title, ["model", *names], rows)

@@ -475,6 +475,11 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
+        _need(
+            self.generate.normalise == "children" or self.model.head == "codes",
+            "generate.normalise",
+            "over the whole vocabulary needs model.head=codes: the tied head scores a prefix's children only",
+        )
         beams, top = self.generate.beams, max(self.evaluate.ks)
         _need(top <= beams, "generate.beams", f"{beams} beams cannot fill the top {top} of evaluate.ks: set generate.beams={top} or more")
         most = self.sid.width**self.sid.levels

@@ -56,7 +56,9 @@ def start(config: ClusterConfig, local_cpus: int | None = None, quiet: bool = Fa
             mend = (
                 "start one with `ray start --head`, or leave cluster.address=local" if config.address != "local" else "see `oxyray doctor`"
             )
-            raise ClusterError(f"cluster.address={config.address}: {str(error).splitlines()[0]}: {mend}") from error
+            raise ClusterError(
+                f"cluster.address={config.address}: {(str(error).splitlines() or [type(error).__name__])[0]}: {mend}"
+            ) from error
 
 
 def store_bytes(wanted_gb: float) -> int:

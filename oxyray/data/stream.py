@@ -119,8 +119,8 @@ class SegmentStream:
         self.position = {"epoch": int(state["epoch"]), "step": int(state["step"])}
 
     def batches(self, rank: int = 0, world: int = 1, micro_batches: int = 1) -> Iterator[list[Batch]]:
-        """Endless: from `position` on, this rank's micro-batches of each step. Where a step has too few segments for all, a slice is a segment
-        of the step with weight 0, so that its worker takes part all the same."""
+        """Endless: from `position` on, this rank's micro-batches of each step. Where a step has too few segments for all, a slice is a
+        segment of the step with weight 0, so that its worker takes part all the same."""
         while True:
             for step, (time, segments) in enumerate(self._epoch(self.position["epoch"])):
                 if step < self.position["step"]:

@@ -147,7 +147,7 @@ class Policy(nn.Module):
             profile_BD = profile_BD + table(batch.profile_BP[:, column])
         if self.user is not None:
             profile_BD = profile_BD + self.user(rows["user"])
-        # Also where nobody has a history: every parameter must take part in every batch, else workers disagree on which gradients there are.
+        # Also where nobody has a history: every parameter takes part in every batch, else workers disagree on which gradients there are.
         x_BSD = torch.cat([profile_BD[:, None], event_ND[index_BS]], dim=1)
         real_BS = torch.cat([real_BS.new_ones(len(real_BS), 1), real_BS], dim=1)
         position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device).expand(len(x_BSD), -1)
