@@ -46,6 +46,21 @@ def whole(path: Path) -> Iterator[Path]:
         _remove(beside)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed inside `whole` left in `folder`; what they had just put aside takes its place again.
+
+    Only for a folder that no other process is writing to.
+    """
+    for left in sorted(folder.glob(".*.old")) + sorted(folder.glob(".*.part")):
+        name, _, pid = left.name[1:].rpartition(".")[0].rpartition(".")
+        if not (name and pid.isdigit()):
+            continue
+        if left.suffix == ".old" and not folder.joinpath(name).exists():
+            left.rename(folder / name)
+        else:
+            _remove(left)
+
+
 def write_json(path: Path, value: Any) -> None:
     with whole(path) as part:
         part.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")

@@ -25,7 +25,7 @@ from typing import Any
 
 from oxyray.config import Config, to_dict
 from oxyray.errors import ConfigError, RunError
-from oxyray.files import read_json, write_json
+from oxyray.files import clear_leftovers, read_json, write_json
 from oxyray.run import Run
 from oxyray.tracking import tracked
 
@@ -301,4 +301,5 @@ def _alone(run: Run) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        clear_leftovers(run.folder)
         yield

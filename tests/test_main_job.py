@@ -1,0 +1,57 @@
+"""The main job, small and whole, as a person runs it: from the embedded shop's logs to a report and recommendations."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import oxyray
+from oxyray.run import Run
+
+STAGES = ["prepare", "sid", "pretrain", "evaluate", "report"]
+
+
+def command(folder: Path, *words: str) -> str:
+    """What `oxyray WORDS` prints in `folder`; it must end well."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "oxyray", *words], capture_output=True, text=True, timeout=560, cwd=folder, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_from_logs_to_recommendations(tmp_path: Path) -> None:
+    words = ["debug=fast", "evaluate=quick", f"run_dir={tmp_path}/run", f"sid.cache_dir={tmp_path}/cache", "cluster.object_store_gb=0.2"]
+    first = command(tmp_path, "run", *words)
+    run = Run(tmp_path / "run")
+    assert [stage for stage in STAGES if run.path("stages", f"{stage}.json").is_file()] == STAGES
+    assert first.rstrip().endswith(f"open {run.path('report', 'report.html')} in a browser")
+    assert {line["stage"] for line in run.metrics()} >= set(STAGES)
+    for name in ("config.yaml", "versions.json", "logs/latest/main.log", "evaluate/predictions.parquet", "report/report.html"):
+        assert run.path(name).is_file(), name
+
+    second = command(tmp_path, "run", *words)
+    assert [f"[{n}/5] {stage}: fresh, skipped" in second for n, stage in enumerate(STAGES, 1)] == [True] * 5
+    third = command(tmp_path, "run", "--dry-run", *words, "model.dropout=0.5")
+    assert re.findall(r"^(\w+): (fresh|would run)", third, re.M) == list(zip(STAGES, ["fresh"] * 2 + ["would run"] * 3, strict=True))
+
+    printed = command(tmp_path, "recommend", f"run_dir={run.folder}", "user=u0000001", "scenario=subsidy_home", "k=4")
+    answered = oxyray.Recommender.load(run.folder).recommend("u0000001", scenario="subsidy_home", k=4)
+    assert "user u0000001 at subsidy_home" in printed
+    assert len(answered.items) == 4
+    for item in (*answered.recent, *answered.items):
+        assert item.item_id in printed
+        assert item.title[:40] in printed
+
+    config = json.loads(run.path("stages", "pretrain.json").read_text())["settings"]
+    assert config["train.max_steps"] == 5
