@@ -59,9 +59,14 @@ def test_a_file_and_a_folder_take_their_place_when_they_are_whole(tmp_path: Path
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     write_json(tmp_path / "file.json", "old")
-    with pytest.raises(ZeroDivisionError), whole(tmp_path / "file.json") as part:
-        part.write_text("half")
-        raise ZeroDivisionError
+
+    def write_half() -> None:
+        with whole(tmp_path / "file.json") as part:
+            part.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
     assert read_json(tmp_path / "file.json") == "old"
     assert names(tmp_path) == ["file.json"]
 
