@@ -201,6 +201,9 @@ def _run(stage: Stage, config: Config, run: Run, stages: Sequence[Stage], counte
         "inputs": {name: _made(name, run) for name in stage.reads},
         "files": _files(stage, config),
     }
+    for folder in (stage.folder, *stage.beside):
+        if run.path(folder).is_symlink():  # borrowed (see `borrow`): what is made anew must not go into the base run
+            run.path(folder).unlink()
     started = time.time()
     stage.function()(config, run)
     seconds = round(time.time() - started, 2)

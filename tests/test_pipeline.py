@@ -251,6 +251,21 @@ def test_a_job_borrows_what_fits_and_never_writes_through_it(shop: Shop) -> None
     assert value(Run(base.run_dir), "code") == 1256
 
 
+def test_a_stage_that_writes_in_place_does_not_write_into_the_base(shop: Shop) -> None:
+    def grow(config: Config, run: Run) -> None:
+        run.path("grown").mkdir(exist_ok=True)
+        (run.path("grown") / f"{config.model.width}").write_text("x")
+
+    stages = (Stage(name="grow", about="", work=grow, folder="grown", settings=("model",)),)
+    base = config_of(shop.folder)
+    run_all(base, stages)
+    job = Run(shop.folder / "job")
+    assert borrow(Run(base.run_dir), job, base, "run", stages) == ["grow"]
+    run_all(replace(config_of(shop.folder, model={"width": 128}), run_dir=str(job.folder)), stages)
+    assert [path.name for path in Run(base.run_dir).path("grown").iterdir()] == ["64"]
+    assert [path.name for path in job.path("grown").iterdir()] == ["128"]
+
+
 def test_a_job_borrows_nothing_that_stands_on_what_does_not_fit(shop: Shop) -> None:
     base, stages = config_of(shop.folder), shop.stages()
     shop.run(base)
