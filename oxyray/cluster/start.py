@@ -33,12 +33,14 @@ def start(config: ClusterConfig, local_cpus: int | None = None, quiet: bool = Fa
 
     if ray.is_initialized():
         return "Ray is already there"
-    if config.address not in ("local", "auto"):
-        _probe(config.address, config.start_timeout_s)
+    # Of several clusters on a machine the environment names the one that is meant (a Ray job's does so, too).
+    address = os.environ.get("RAY_ADDRESS", "auto") if config.address == "auto" else config.address
+    if address not in ("local", "auto"):
+        _probe(address, config.start_timeout_s)
     with _limit(config.start_timeout_s, f"Ray ({config.address}) did not answer within {config.start_timeout_s:.0f} s"):
         try:
-            if config.address != "local":
-                ray.init(address=config.address, log_to_driver=not quiet, logging_level=logging.ERROR)
+            if address != "local":
+                ray.init(address=address, log_to_driver=not quiet, logging_level=logging.ERROR)
                 return f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
             cpus = max(config.cpus or os.cpu_count() or 1, local_cpus or 0)
             ray.init(
