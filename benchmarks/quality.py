@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.harness import Report, arguments
-from oxyray.cli_compose import check, compose_config
+from oxyray.cli.compose import check, compose_config
 from oxyray.config import to_dict
 from oxyray.evaluate.table import MODEL_TITLES, OPTIMUM_TITLES, entry
 from oxyray.files import read_json

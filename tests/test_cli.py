@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import oxyray.cli
-from oxyray.cli import main
+import oxyray.cli.command
+from oxyray.cli.command import main
 from oxyray.errors import DataError
 from oxyray.pipeline import STAGES
 
@@ -155,7 +155,7 @@ def test_an_error_behind_other_errors_is_found(monkeypatch: pytest.MonkeyPatch, 
     def fail(name: str, config: object) -> None:
         raise ValueError("several things went wrong") from Wrapped("worker died")
 
-    monkeypatch.setattr(oxyray.cli, "perform", fail)
+    monkeypatch.setattr(oxyray.cli.command, "perform", fail)
     code, _, err = said(capsys, "run")
     assert (code, err) == (1, "error: events.parquet, row 3: no such item\n")
 
@@ -164,7 +164,7 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     def fail(name: str, config: object) -> None:
         raise ZeroDivisionError("by nobody")
 
-    monkeypatch.setattr(oxyray.cli, "perform", fail)
+    monkeypatch.setattr(oxyray.cli.command, "perform", fail)
     code, _, err = said(capsys, "run")
     assert code == 1
     assert "Traceback" in err

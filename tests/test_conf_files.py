@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oxyray.cli_compose import check, choices, compose_config, conf_dir
-from oxyray.cli_help import reference
+from oxyray.cli.compose import check, choices, compose_config, conf_dir
+from oxyray.cli.help import reference
 from oxyray.config import Config
 from oxyray.config_keys import keys
 
@@ -69,7 +69,7 @@ def test_an_experiment_is_taken_with_its_data_and_yields_to_the_command_line(tmp
 
 def test_the_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference(), (
-        "write it anew: python -m oxyray.cli_help > docs/configuration.md"
+        "write it anew: python -m oxyray.cli.help > docs/configuration.md"
     )
 
 

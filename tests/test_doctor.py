@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import oxyray.doctor as doctor
-from oxyray.cli import main
+from oxyray.cli.command import main
 from oxyray.config import ClusterConfig
 from oxyray.doctor import Check, examine, pair_state, render, verdict
 

@@ -40,7 +40,7 @@ def test_the_import_contracts_hold() -> None:
         (["oxyray.evaluate"], ["ray", "deepspeed", "torchrec", "fbgemm_gpu", "hydra", "omegaconf", "wandb"]),
         # `oxyray --help`, `--dry-run` and the pipeline's bookkeeping start without the heavy libraries.
         (
-            ["oxyray.cli", "oxyray.cli_help", "oxyray.pipeline", "oxyray.doctor", "oxyray.tracking"],
+            ["oxyray.cli.command", "oxyray.cli.help", "oxyray.pipeline", "oxyray.doctor", "oxyray.tracking"],
             ["torch", "ray", "deepspeed", "torchrec", "pyarrow", "wandb"],
         ),
         (["oxyray.config", "oxyray.run", "oxyray.cluster"], ["torch", "ray", "hydra", "omegaconf"]),

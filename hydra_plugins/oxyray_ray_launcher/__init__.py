@@ -1,4 +1,4 @@
-"""Hydra's door to `oxyray.cli_jobs.run_on_ray`: `hydra/launcher=ray` runs a sweep's jobs as Ray tasks.
+"""Hydra's door to `oxyray.cli.jobs.run_on_ray`: `hydra/launcher=ray` runs a sweep's jobs as Ray tasks.
 
 Hydra finds launchers only in the namespace package `hydra_plugins`, so this one stands here. It hands plain values to Ray, never Hydra's
 own objects: a job's process needs neither Hydra nor the YAML files.
@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 if TYPE_CHECKING:
-    from oxyray.cli_jobs import Job
+    from oxyray.cli.jobs import Job
 
 
 class OxyrayRayLauncher(Launcher):
@@ -31,7 +31,7 @@ class OxyrayRayLauncher(Launcher):
         self.context, self.task, self.base = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from oxyray.cli_jobs import run_on_ray
+        from oxyray.cli.jobs import run_on_ray
 
         jobs = [self._job(list(overrides), number) for number, overrides in enumerate(job_overrides, initial_job_idx)]
         outcomes = run_on_ray(jobs, jobs_at_once=self.jobs_at_once, max_hours=self.max_hours)
@@ -40,7 +40,7 @@ class OxyrayRayLauncher(Launcher):
     def _job(self, overrides: list[str], number: int) -> Job:
         from hydra.core.hydra_config import HydraConfig
 
-        from oxyray.cli_sweep import SweepTask
+        from oxyray.cli.sweep import SweepTask
 
         assert self.context is not None
         assert self.base is not None

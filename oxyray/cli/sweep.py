@@ -18,8 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from oxyray.cli_compose import Words, compose_config, hydra_here, parse, refuse_code, translated
-from oxyray.cli_jobs import Job, Outcome, announce, run_job
+from oxyray.cli.compose import Words, compose_config, hydra_here, parse, refuse_code, translated
+from oxyray.cli.jobs import Job, Outcome, announce, run_job
 from oxyray.errors import ConfigError
 from oxyray.files import write_json
 

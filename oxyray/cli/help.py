@@ -1,6 +1,6 @@
 """Help texts and the configuration reference, written from the dataclasses, the stage table and the files of `conf/`.
 
-`python -m oxyray.cli_help > docs/configuration.md` writes the reference anew; a test holds it to the code.
+`python -m oxyray.cli.help > docs/configuration.md` writes the reference anew; a test holds it to the code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from oxyray.cli_compose import choices, conf_dir
+from oxyray.cli.compose import choices, conf_dir
 from oxyray.config_keys import REQUIRED, Key, groups, keys
 from oxyray.pipeline import STAGES
 
@@ -28,7 +28,7 @@ _OPTIONS = """\
 _EXAMPLES = """\
   oxyray run data=mall                              the embedded shop, from logs to a report
   oxyray run data=tables data.path=/my/tables       your own tables
-  oxyray recommend data=mall user=u0000001 k=5       look at what one user gets
+  oxyray recommend data=mall user=U000001 k=5       look at what one user gets
   oxyray pretrain -m model.width=64,128             a sweep; add hydra/launcher=ray to run its jobs side by side
   oxyray run debug=fast                             every stage for a few seconds"""
 # What a command reads beyond the settings of its own stage.
@@ -104,7 +104,7 @@ def reference() -> str:
     lines = [
         "# Configuration reference",
         "",
-        "Written by `python -m oxyray.cli_help > docs/configuration.md`; do not edit.",
+        "Written by `python -m oxyray.cli.help > docs/configuration.md`; do not edit.",
         "",
         "Every key can be set on the command line (`model.width=128`) or in a YAML file under `conf/`. Where a choice's file names",
         "a key, the file's value stands instead of the default below; `oxyray STAGE group=choice --help` shows the values in force.",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from oxyray.cli_run import complain, known_error, log_hint, perform, rehearse
+from oxyray.cli.run import complain, known_error, log_hint, perform, rehearse
 from oxyray.config import ClusterConfig, RecommendConfig, from_dict
 from oxyray.errors import ConfigError, OxyrayError
 from oxyray.pipeline import STAGES
@@ -90,7 +90,7 @@ def _carry_out(command: Command) -> int:
     if command.version:
         print(f"oxyray {_version()}")
     elif command.name is None:
-        from oxyray.cli_help import page
+        from oxyray.cli.help import page
 
         if command.overrides and not command.help:
             raise ConfigError(
@@ -110,12 +110,12 @@ def _carry_out(command: Command) -> int:
 
 
 def _stage(command: Command) -> int:
-    from oxyray.cli_compose import check, compose_config
+    from oxyray.cli.compose import check, compose_config
 
     assert command.name is not None
     words = check(command.overrides, sweep=command.multirun, config_dir=command.config_dir)
     if command.multirun:
-        from oxyray.cli_sweep import sweep
+        from oxyray.cli.sweep import sweep
 
         return sweep(command.name, words, command.dry_run)
     config = compose_config(words)
@@ -126,7 +126,7 @@ def _stage(command: Command) -> int:
 
 def _recommend(command: Command) -> None:
     """Recommend with a trained run. Its own saved configuration holds; only where it is and what to ask can be said."""
-    from oxyray.cli_compose import check, compose_values
+    from oxyray.cli.compose import check, compose_values
 
     if command.multirun or command.dry_run:
         raise ConfigError("recommend: takes neither -m nor --dry-run")
@@ -155,7 +155,7 @@ def _doctor(command: Command) -> int:
 
     cluster = ClusterConfig()
     try:
-        from oxyray.cli_compose import check, compose_values
+        from oxyray.cli.compose import check, compose_values
 
         words = check(command.overrides, config_dir=command.config_dir)
         cluster = from_dict(ClusterConfig, compose_values(words, missing_ok=True)["cluster"], "cluster.")
@@ -173,8 +173,8 @@ def _doctor(command: Command) -> int:
 
 
 def _help(command: Command) -> None:
-    from oxyray.cli_compose import check, compose_values
-    from oxyray.cli_help import stage_page
+    from oxyray.cli.compose import check, compose_values
+    from oxyray.cli.help import stage_page
 
     assert command.name is not None
     short = SHORT if command.name == "recommend" else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from oxyray import pipeline
-from oxyray.cli_run import complain, known_error, log_hint, perform, rehearse
+from oxyray.cli.run import complain, known_error, log_hint, perform, rehearse
 from oxyray.cluster.start import start
 from oxyray.config import Config, from_dict
 from oxyray.errors import ClusterError
