@@ -37,6 +37,7 @@ def start(config: ClusterConfig, local_cpus: int | None = None, quiet: bool = Fa
     address = os.environ.get("RAY_ADDRESS", "auto") if config.address == "auto" else config.address
     if address not in ("local", "auto"):
         _probe(address, config.start_timeout_s)
+        _bring_token()
     with _limit(config.start_timeout_s, f"Ray ({config.address}) did not answer within {config.start_timeout_s:.0f} s"):
         try:
             if address != "local":
@@ -55,9 +56,9 @@ def start(config: ClusterConfig, local_cpus: int | None = None, quiet: bool = Fa
         except ClusterError:
             raise
         except Exception as error:  # Ray raises bare ones too: a node that is slow to start does
-            mend = (
-                "start one with `ray start --head`, or leave cluster.address=local" if config.address != "local" else "see `oxyray doctor`"
-            )
+            mend = "see `oxyray doctor`"
+            if address != "local":
+                mend = "start one with `ray start --head`, bring its token if it asks for one (RAY_AUTH_TOKEN), or leave cluster.address=local"
             raise ClusterError(
                 f"cluster.address={config.address}: {(str(error).splitlines() or [type(error).__name__])[0]}: {mend}"
             ) from error
@@ -69,6 +70,21 @@ def store_bytes(wanted_gb: float) -> int:
     with suppress(OSError):
         wanted = min(wanted, int(shutil.disk_usage("/dev/shm").free * 0.9))
     return max(wanted, _LEAST_STORE)
+
+
+def _bring_token() -> None:
+    """Show this user's Ray token to a cluster that is joined by its address, as Ray itself does only for `auto`: `ray start --head` asks
+    for it wherever there is one. RAY_AUTH_MODE, where set, stands.
+    """
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available as bring
+
+    ray_log = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    before = ray_log.level
+    ray_log.setLevel(logging.ERROR)  # it would advise on the cluster's behalf
+    try:
+        bring(warn_if_disabled=False)
+    finally:
+        ray_log.setLevel(before)
 
 
 def _probe(address: str, seconds: float) -> None:
