@@ -45,9 +45,9 @@ def test_from_logs_to_recommendations(tmp_path: Path) -> None:
     third = command(tmp_path, "run", "--dry-run", *words, "model.dropout=0.5")
     assert re.findall(r"^(\w+): (fresh|would run)", third, re.M) == list(zip(STAGES, ["fresh"] * 2 + ["would run"] * 3, strict=True))
 
-    printed = command(tmp_path, "recommend", f"run_dir={run.folder}", "user=u0000001", "scenario=subsidy_home", "k=4")
-    answered = oxyray.Recommender.load(run.folder).recommend("u0000001", scenario="subsidy_home", k=4)
-    assert "user u0000001 at subsidy_home" in printed
+    printed = command(tmp_path, "recommend", f"run_dir={run.folder}", "user=U000001", "scenario=subsidy_home", "k=4")
+    answered = oxyray.Recommender.load(run.folder).recommend("U000001", scenario="subsidy_home", k=4)
+    assert "user U000001 at subsidy_home" in printed
     assert len(answered.items) == 4
     for item in (*answered.recent, *answered.items):
         assert item.item_id in printed
