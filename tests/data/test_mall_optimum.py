@@ -17,7 +17,7 @@ from oxyray.data.mall.pieces import Shared
 from oxyray.data.mall.simulate import PERSONA_LASTS, block_users, choose, live
 from oxyray.data.mall.slates import KEPT, OUTSIDE
 from oxyray.data.mall.utility import action_probability, item_utility, persona_utility, shelf_utility, type_utility
-from oxyray.data.mall.world import SEARCH
+from oxyray.data.mall.world import PATHS, SEARCH
 from oxyray.errors import DataError, RunError
 
 DRAWS = 4000
@@ -246,6 +246,26 @@ def test_better_slates_are_worth_more(truth):
     assert (good.clicks >= poor.clicks - 1e-9).all()
     assert good.turnover.sum() > 3 * poor.turnover.sum()
     assert ((good.purchases >= 0) & (good.purchases <= good.carts) & (good.carts <= good.clicks) & (good.clicks <= 1)).all()
+
+
+def test_accessories_fit_what_was_put_in_the_cart(truth):
+    shop = truth.world.catalogue
+    made, fitted = shop.makes_F[shop.type_I], shop.fits_F[shop.type_I[truth._public_I]]
+    trigger = truth.table["trigger"].to_numpy()
+    rows = np.flatnonzero(np.isin(truth.table["scenario"].to_numpy(), PATHS) & (trigger >= 0) & (made[trigger] >= 0))
+    assert len(rows) >= 10
+    fits, accessories, by_chance = 0.0, 0.0, 0.0
+    for places, share_RI in truth.choice_probability(rows):
+        for place, share_I in zip(places, share_RI, strict=True):
+            asked = trigger[rows[place]]
+            accessory_I = fitted == made[asked]
+            fit_I = accessory_I & (shop.fit_I[truth._public_I] == shop.fit_I[asked])
+            if not fit_I.any():
+                continue  # a small shop has no accessory for some models
+            fits, accessories = fits + share_I[fit_I].sum(), accessories + share_I[accessory_I].sum()
+            by_chance += share_I[accessory_I].sum() * fit_I.sum() / accessory_I.sum()
+    assert accessories / len(rows) > 0.1, "they are asked for"
+    assert fits / accessories > max(0.7, 2 * by_chance / accessories), "and chosen to fit"
 
 
 def test_pages_agree_with_the_choice_model(truth):

@@ -156,7 +156,8 @@ class _Life:
     def _go_on(self, rows: np.ndarray, asked: Asked, item_B: np.ndarray, action_B: np.ndarray) -> None:
         at_home = asked.scenario_B <= 1
         self.home_item_U[rows[at_home]], self.home_U[rows[at_home]] = item_B[at_home], asked.scenario_B[at_home]
-        next_B, trigger_B = visits.onward(asked.scenario_B, action_B, item_B, self.home_item_U[rows], self.home_U[rows], self.rng)
+        home = visits.LastHome(self.home_U[rows], self.home_item_U[rows])
+        next_B, trigger_B = visits.onward(asked, item_B, action_B, home, self.rng)
         self.scenario_U[rows], self.trigger_U[rows] = next_B, trigger_B
         self.time_U[rows] += 5 + np.minimum(self.rng.exponential(40, len(rows)), 80).astype(np.int64)
 

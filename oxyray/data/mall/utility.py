@@ -105,7 +105,7 @@ def shelf_utility(world: World, users: Users, memory: Memory, asked: Asked, shel
     model_BX = _model(world, memory, asked, family_BX)
     share_BX = world.fit_share_SX[shelf_BX, model_BX]
     fitting_BX = np.log(share_BX * np.exp(weights.fits) + (1 - share_BX) * np.exp(-weights.fits / 2))
-    utility_BX = utility_BX + weights.inclusive * np.where((family_BX >= 0) & (model_BX >= 0), fitting_BX, 0)
+    utility_BX = utility_BX + np.where((family_BX >= 0) & (model_BX >= 0), fitting_BX, 0)
     # The trigger itself is not shown again: its shelf counts for what else is on it.
     left_B = np.log(np.maximum(1 - world.share_CI[asked.scenario_B, asked.trigger_B], 1e-4))
     own_BX = (shelf_BX == shop.shelf_I[asked.trigger_B][:, None]) & (asked.trigger_B >= 0)[:, None]

@@ -9,10 +9,13 @@ Legend: U users, V visits of all users, B users in a visit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from oxyray.data.mall.calendar import DAY, Calendar
 from oxyray.data.mall.people import Users, draw_rows
+from oxyray.data.mall.utility import Asked
 from oxyray.data.mall.world import SEARCH
 
 REST = 7200
@@ -22,19 +25,28 @@ LONGEST = 40
 _HOUR_SHARE = np.array([2, 1, 0.5, 0.3, 0.3, 0.6, 1.5, 3, 4, 4, 4.5, 5, 7, 6, 4.5, 4, 4, 4.5, 5, 6.5, 8.5, 9.5, 8, 5])
 _ENTRY = np.array([[0.24, 0.44, 0.32], [0.34, 0.32, 0.34], [0.44, 0.2, 0.36]])
 END = -1
-# Where a visit goes on, by the scenario it is in: feed, home, search, end. The feed is that of the last home floor.
+# Where a visit goes on, by the scenario it is in: feed, home, search, end, more of the same.
+# The feed is that of the last home floor.
 _ONWARD = np.array(
     [
-        [0.56, 0.16, 0.10, 0.18],
-        [0.56, 0.16, 0.10, 0.18],
-        [0.58, 0.12, 0.10, 0.20],
-        [0.58, 0.12, 0.10, 0.20],
-        [0.30, 0.00, 0.12, 0.58],
-        [0.30, 0.00, 0.12, 0.58],
-        [0.00, 0.14, 0.42, 0.44],
+        [0.54, 0.18, 0.10, 0.18, 0.00],
+        [0.54, 0.18, 0.10, 0.18, 0.00],
+        [0.50, 0.15, 0.12, 0.23, 0.00],
+        [0.50, 0.15, 0.12, 0.23, 0.00],
+        [0.20, 0.00, 0.08, 0.32, 0.40],
+        [0.20, 0.00, 0.08, 0.32, 0.40],
+        [0.00, 0.14, 0.42, 0.44, 0.00],
     ]
 )
 _PLACES = np.array([[2, 3], [0, 1], [SEARCH, SEARCH], [END, END]])
+
+
+@dataclass
+class LastHome:
+    """The home floor a visit was on last, and the item clicked there (-1: none in this visit)."""
+
+    floor_B: np.ndarray
+    item_B: np.ndarray
 
 
 def schedule(users: Users, days: Calendar, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -68,15 +80,14 @@ def entry(tier_B: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def onward(
-    scenario_B: np.ndarray, action_B: np.ndarray, item_B: np.ndarray, home_item_B: np.ndarray, home_B: np.ndarray, rng: np.random.Generator
+    asked: Asked, item_B: np.ndarray, action_B: np.ndarray, home: LastHome, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Next scenario (END: the visit is over) and its trigger. `home_item_B` is what was clicked last on a home floor (-1 none), `home_B`
-    that floor.
-    """
-    path_B = (scenario_B == 4) | (scenario_B == 5)
-    diverted_B = (action_B > 0) & (rng.random(len(scenario_B)) < np.where(path_B, 0.3, 0.6))
-    kind_B = draw_rows(_ONWARD[scenario_B], rng)
-    kind_B = np.where((kind_B == 0) & (home_item_B < 0), 1, kind_B)
-    next_B = np.where(diverted_B, 3 + action_B, _PLACES[kind_B, home_B])
-    trigger_B = np.where(diverted_B, item_B, np.where((next_B == 2) | (next_B == 3), home_item_B, -1))
-    return next_B, trigger_B
+    """Next scenario (END: the visit is over) and its trigger, after each request's item and action."""
+    path_B = (asked.scenario_B == 4) | (asked.scenario_B == 5)
+    diverted_B = (action_B > 0) & (rng.random(len(asked)) < np.where(path_B, 0.35, 0.8))
+    kind_B = draw_rows(_ONWARD[asked.scenario_B], rng)
+    kind_B = np.where((kind_B == 0) & (home.item_B < 0), 1, kind_B)
+    stays_B = (kind_B == 4) & ~diverted_B
+    next_B = np.select([diverted_B, stays_B], [3 + action_B, asked.scenario_B], _PLACES[np.minimum(kind_B, 3), home.floor_B])
+    feed_B = (next_B == 2) | (next_B == 3)
+    return next_B, np.select([diverted_B, stays_B, feed_B], [item_B, asked.trigger_B, home.item_B], -1)

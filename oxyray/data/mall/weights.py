@@ -44,7 +44,7 @@ WEIGHTS = Weights(
     #                  subsidy_home, budget_home, subsidy_feed, budget_feed, cart_overlay, checkout_addon, search
     persona=_each(     0.9,          0.9,         0.5,          0.5,         0.3,          0.4,            0.9),
     context=_each(     0.9,          0.9,         0.5,          0.5,         0.3,          0.4,            1.0),
-    slow=_each(        0.7,          0.7,         0.35,         0.35,        0.2,          0.3,            0.6),
+    slow=_each(        0.85,         0.85,        0.4,          0.4,         0.2,          0.3,            0.75),
     fast=_each(        1.0,          1.0,         0.4,          0.4,         0.0,          0.0,            1.0),
     complement=_each(  0.7,          0.7,         0.4,          0.4,         0.2,          0.2,            0.9),
     brand=_each(       0.5,          0.5,         0.5,          0.5,         0.4,          0.4,            0.5),
@@ -52,8 +52,8 @@ WEIGHTS = Weights(
     like_trigger=_each(0.0,          0.0,         0.9,          0.9,         0.6,          0.3,            0.0),
     again=_each(       -1.2,         -1.2,        -2.2,         -2.2,        -2.5,         -2.5,           0.3),
     tier_shift=_each(  0.5,          -0.6,        0.5,          -0.6,        0.0,          -0.3,           0.0),
-    cart=_each(        -2.6,         -2.4,        -2.4,         -2.2,        -1.5,         -1.1,           -1.9),
-    purchase=_each(    -1.2,         -1.0,        -1.1,         -0.9,        -0.6,         0.1,            -0.7),
-    taste_item=2.0, taste_brand=1.0, inclusive=0.8, quality=0.7, tier=0.9, price=5.0, fits=3.0,
+    cart=_each(        -2.2,         -2.0,        -2.0,         -1.8,        -1.3,         -0.9,           -1.5),
+    purchase=_each(    -1.1,         -0.9,        -1.0,         -0.8,        -0.5,         0.2,            -0.6),
+    taste_item=2.0, taste_brand=1.0, inclusive=0.8, quality=0.7, tier=1.2, price=7.0, fits=5.0,
 )
 # fmt: on

@@ -24,6 +24,8 @@ from oxyray.errors import ConfigError
 
 SCENARIOS = ("subsidy_home", "budget_home", "subsidy_feed", "budget_feed", "cart_overlay", "checkout_addon", "search")
 HOMES, FEEDS, PATHS, SEARCH = (0, 1), (2, 3), (4, 5), 6
+SUBSIDY_DEPARTMENTS = ("Electronics", "Home appliances", "Beauty & care", "Shoes & bags")
+"""What people go to the subsidy channel for; to the budget channel they go for the rest."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,14 @@ def segment_logsumexp(value_XI: np.ndarray, start_S1: np.ndarray) -> np.ndarray:
 
 
 def _base(shop: Catalogue, pool_CI: np.ndarray, weights: Weights, rng: np.random.Generator) -> np.ndarray:
-    """(C, F): how common a product type is, and what of it the scenario may show (-inf: nothing)."""
+    """(C, F): how common a product type is, how a channel is used, and what of the type the scenario may show (-inf: nothing)."""
     start = shop.item_of_shelf_S1[shop.shelf_of_type_F1]
     value_CI = np.where(pool_CI, weights.quality * shop.quality_I, -np.inf)
     share_CF = segment_logsumexp(value_CI, start) - segment_logsumexp((weights.quality * shop.quality_I)[None], start)
-    return (rng.normal(0, 0.35, len(shop.goods)) + share_CF).astype(np.float32)
+    leaning_FD = np.array([kind.department for kind in shop.goods.types])[:, None] == np.array(SUBSIDY_DEPARTMENTS)
+    leaning_F = np.where(leaning_FD.any(1), 0.8, -0.4)
+    channel_C = np.array([1, -1, 1, -1, 0, 0, 0])
+    return (rng.normal(0, 0.35, len(shop.goods)) + share_CF + channel_C[:, None] * leaning_F).astype(np.float32)
 
 
 def _profile(range_: goods.Goods) -> np.ndarray:
