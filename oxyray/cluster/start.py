@@ -58,7 +58,7 @@ def start(config: ClusterConfig, local_cpus: int | None = None, quiet: bool = Fa
         except Exception as error:  # Ray raises bare ones too: a node that is slow to start does
             mend = "see `oxyray doctor`"
             if address != "local":
-                mend = "start one with `ray start --head`, bring its token if it asks for one (RAY_AUTH_TOKEN), or leave cluster.address=local"
+                mend = "start one with `ray start --head`, bring its token (RAY_AUTH_TOKEN), or leave cluster.address=local"
             raise ClusterError(
                 f"cluster.address={config.address}: {(str(error).splitlines() or [type(error).__name__])[0]}: {mend}"
             ) from error

@@ -31,6 +31,7 @@ class Decoding:
     """A beam search in progress: what `Policy.advance` needs from step to step. `vectors` are the output vectors of all nodes, by level."""
 
     memory: Memory
+    state_BD: Tensor
     states: list[BeamState]
     vectors: list[Tensor]
     hidden_BKD: Tensor
@@ -58,6 +59,7 @@ class Policy(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.input_norm = RMSNorm(D)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.state = nn.Linear(D, D, bias=False)
         self.bos, self.no_trigger = nn.Parameter(torch.randn(D) * 0.02), nn.Parameter(torch.randn(D) * 0.02)
         self.scenario = nn.Embedding(vocab.scenarios, D)
         self.fuse = nn.Sequential(nn.Linear(2 * D, D), nn.SiLU(), nn.Linear(D, D))
@@ -66,6 +68,7 @@ class Policy(nn.Module):
         self.item_query = nn.Linear(D, D, bias=False)
         for table in (self.action, self.event_scenario, self.scenario, *self.profile, *([self.event_gap] if self.event_gap else [])):
             nn.init.normal_(table.weight, std=0.02)
+        nn.init.eye_(self.state.weight)
 
     def loss(self, batch: Batch, rows: Rows) -> LossOut:
         """Weighted next-token loss of every query's target, plus the item-level softmax (paper Eq. 3 without Q2I): sums over queries."""
@@ -75,7 +78,8 @@ class Policy(nn.Module):
         codes_QL = batch.items.codes_UL[batch.target_Q]
         prompt_QTD = self._prompt(batch, item_UD, memory)
         tokens = [self._token(level, codes_QL[:, level])[:, None] for level in range(self.vocab.levels - 1)]
-        hidden_QTD = self.decoder(self.dropout(torch.cat([prompt_QTD, *tokens], dim=1)), memory)[:, prompt_QTD.shape[1] - 1 :]
+        x_QTD = self.dropout(torch.cat([prompt_QTD, *tokens], dim=1)) + self._state(batch, memory)[:, None]
+        hidden_QTD = self.decoder(x_QTD, memory)[:, prompt_QTD.shape[1] - 1 :]
         prob_QU = None
         parts: dict[str, Tensor] = {}
         if self.config.item_loss:
@@ -112,14 +116,15 @@ class Policy(nn.Module):
         """Encode requests (one query a segment) and run their prompt: `hidden_BKD` (K = 1) predicts the first code."""
         item_UD = self.items(batch.items, rows["item"])
         memory = self._memory(batch, rows, item_UD)
-        hidden_BD, states = self.decoder.start(self._prompt(batch, item_UD, memory), memory)
+        state_BD = self._state(batch, memory)
+        hidden_BD, states = self.decoder.start(self._prompt(batch, item_UD, memory) + state_BD[:, None], memory)
         vectors = self.head.node_vectors(self.tree, item_UD)
-        return Decoding(memory, states, vectors, hidden_BD[:, None], self.item_query(hidden_BD), item_UD)
+        return Decoding(memory, state_BD, states, vectors, hidden_BD[:, None], self.item_query(hidden_BD), item_UD)
 
     @torch.no_grad()
     def advance(self, decoding: Decoding, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
         """Feed the chosen node of `level` to each beam; beams continue `origin_BK` of the step before (None at the first)."""
-        x_BKD = self._token(level, self.tree.code(level)[node_BK])
+        x_BKD = self._token(level, self.tree.code(level)[node_BK]) + decoding.state_BD[:, None]
         decoding.hidden_BKD = self.decoder.advance(x_BKD, decoding.states, decoding.memory, origin_BK)
 
     def _token(self, level: int, code: Tensor) -> Tensor:
@@ -156,9 +161,19 @@ class Policy(nn.Module):
         position_BP = batch.visible_Q[query_BP] + 1
         return Memory(memory_BSD, position_BS, query_BP, real_BP, position_BS[:, None] < position_BP[..., None], position_BP)
 
+    def _state(self, batch: Batch, memory: Memory) -> Tensor:
+        """Where the history stands at each query: the memory of the last event that it sees. Every decoder token starts from it, so that what
+        follows what is learned without a detour through attention: (Q, D).
+        """
+        return self.state(memory.memory_BSD[_segments(batch), batch.visible_Q])
+
     def _last_time(self, batch: Batch) -> Tensor:
         """Time of the last event that each query sees; its own time where it sees none."""
-        segment_Q = torch.repeat_interleave(torch.arange(batch.segments, device=batch.user_B.device), torch.diff(batch.query_offset))
-        last_Q = batch.history_offset[segment_Q] + batch.visible_Q - 1
+        last_Q = batch.history_offset[_segments(batch)] + batch.visible_Q - 1
         time_N = torch.cat([batch.time_N, batch.time_Q[:1]])
         return torch.where(batch.visible_Q > 0, time_N[last_Q.clamp(0, len(time_N) - 1)], batch.time_Q)
+
+
+def _segments(batch: Batch) -> Tensor:
+    """The segment of each query: (Q,)."""
+    return torch.repeat_interleave(torch.arange(batch.segments, device=batch.user_B.device), torch.diff(batch.query_offset))
