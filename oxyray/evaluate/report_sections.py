@@ -51,6 +51,7 @@ def data_section(meta: Meta | None) -> str:
     actions = table(
         ["scenario", *map(escape, meta.actions)],
         [("", (escape(s), *(f"{n:,}" for n in counts))) for s, counts in zip(meta.scenarios, meta.scenario_actions, strict=True)],
+        "figures",
     )
     more = [
         ("density", f"{meta.events / max(meta.users_with_events * meta.items, 1):.4%}"),
