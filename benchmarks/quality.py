@@ -60,11 +60,15 @@ def scenarios(report: Report, results: dict[str, Any]) -> None:
     names = sorted({e["scenario"] for e in results["table"] if e["scenario"]})
     if len(names) < 2:
         return
-    rows = []
+    optimum = results.get("optimum") or {}
+    kinds = [kind for kind in OPTIMUM_TITLES if kind in optimum]
+    rows: list[list[Any]] = []
     for name in names:
         cells = [entry(results, model, "all", "item", name) for model in results["models"]]
+        cells += [next((e for e in optimum[kind] if e["scenario"] == name), None) for kind in kinds]
         rows.append([name, *(None if e is None else round(e["metrics"]["HR@10"], 4) for e in cells)])
-    report.table("HR@10 by scenario, as specified", ["scenario", *(MODEL_TITLES[model] for model in results["models"])], rows)
+    columns = ["scenario", *(MODEL_TITLES[model] for model in results["models"]), *(OPTIMUM_TITLES[kind] for kind in kinds)]
+    report.table("HR@10 by scenario, as specified", columns, rows)
 
 
 def training(report: Report, run: Run) -> None:

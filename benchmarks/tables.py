@@ -1,4 +1,7 @@
-"""Bring the README's result tables up to date with `benchmarks/results/*.json`: `python -m benchmarks.tables` (`--check` only compares)."""
+"""Bring the result tables up to date with `benchmarks/results/*.json`: `python -m benchmarks.tables` (`--check` only compares).
+
+README.md gets one table of recommendation quality, docs/results.md everything, between their marks.
+"""
 
 from __future__ import annotations
 
@@ -31,27 +34,47 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def renewed(readme: str, results: list[dict[str, Any]]) -> str:
-    """`readme` with what stands between the marks written anew."""
-    before, mark, rest = readme.partition(_BEGIN)
+def summary(results: list[dict[str, Any]]) -> str:
+    """HR@10 at item level of every model on every data set, in both protocols; nothing where there are no quality results."""
+    cells: dict[str, dict[str, Any]] = {}
+    heads: list[str] = []
+    for result in results:
+        for table in result["tables"]:
+            level, _, protocol = table["title"].partition(":")[0].partition(", ")
+            if level != "item level" or "HR@10" not in table["columns"]:
+                continue
+            heads.append(f"{result['name'].replace('_', ' ')}, {protocol}")
+            place = table["columns"].index("HR@10")
+            for row in table["rows"]:
+                cells.setdefault(row[0], {})[heads[-1]] = row[place]
+    if not heads:
+        return ""
+    lines = [_row(["HR@10, item level", *heads]), _row(["---", *["---:"] * len(heads)])]
+    return "\n".join(lines + [_row([model, *(_cell(found.get(head)) for head in heads)]) for model, found in cells.items()]) + "\n\n"
+
+
+def renewed(name: str, page: str, body: str) -> str:
+    """`page` with what stands between the marks written anew."""
+    before, mark, rest = page.partition(_BEGIN)
     head, _, _ = rest.partition("\n")
     _, end, after = rest.partition(_END)
     if not mark or not end:
-        raise SystemExit(f"README.md: the marks {_BEGIN} ... --> and {_END} are missing")
-    body = "\n".join(markdown(result) for result in results)
-    return f"{before}{mark}{head}\n\n{body}{end}{after}" if results else f"{before}{mark}{head}\n{end}{after}"
+        raise SystemExit(f"{name}: the marks {_BEGIN} ... --> and {_END} are missing")
+    return f"{before}{mark}{head}\n\n{body}{end}{after}" if body else f"{before}{mark}{head}\n{end}{after}"
 
 
 def main() -> int:
-    path = ROOT / "README.md"
     results = [read_json(file) for file in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
-    old = path.read_text()
-    new = renewed(old, results)
-    if "--check" in sys.argv:
-        return int(new != old)
-    with whole(path) as part:
-        part.write_text(new)
-    return 0
+    pages = {"README.md": summary(results), "docs/results.md": "\n".join(markdown(result) for result in results)}
+    stale = 0
+    for name, body in pages.items():
+        old = (ROOT / name).read_text()
+        new = renewed(name, old, body)
+        stale += new != old
+        if "--check" not in sys.argv:
+            with whole(ROOT / name) as part:
+                part.write_text(new)
+    return int(stale > 0) if "--check" in sys.argv else 0
 
 
 def _row(cells: list[str]) -> str:

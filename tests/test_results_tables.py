@@ -1,4 +1,4 @@
-"""The README's result tables are what the result files say."""
+"""The result tables of README.md and docs/results.md are what the result files say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import main, markdown, renewed
+from benchmarks.tables import main, markdown, renewed, summary
 
 RESULT = {
     "name": "speed",
@@ -27,22 +27,33 @@ def test_a_result_is_told_with_its_machine_and_a_claim_that_fails_as_such() -> N
     assert "| fast \\| enough | 1.5000 x | 2 | **does not hold** |" in text
 
 
+def test_the_summary_sets_models_beside_data_and_protocols() -> None:
+    def quality(name: str, policy: float) -> dict:
+        columns = ["model", "HR@1", "HR@10"]
+        rows = [["OxyRay policy", 0.01, policy], ["SASRec", 0.02, 0.05]]
+        titles = ["item level, as specified: 9 test requests", "SID level, as specified: 9 test requests"]
+        return {"name": name, "tables": [{"title": title, "columns": columns, "rows": rows} for title in titles]}
+
+    text = summary([RESULT, quality("a_shop", 0.1), quality("b_shop", 0.2)])
+    assert text.splitlines()[0] == "| HR@10, item level | a shop, as specified | b shop, as specified |"
+    assert "| OxyRay policy | 0.1000 | 0.2000 |" in text
+    assert summary([RESULT]) == ""
+
+
 def test_writing_anew_keeps_the_rest_and_is_stable() -> None:
-    readme = "before\n<!-- results: here -->\nformer\n<!-- /results -->\nafter\n"
-    once = renewed(readme, [RESULT])
-    assert once.startswith("before\n<!-- results: here -->\n")
-    assert once.endswith("<!-- /results -->\nafter\n")
-    assert "former" not in once
-    assert renewed(once, [RESULT]) == once
-    assert renewed(once, []) == "before\n<!-- results: here -->\n<!-- /results -->\nafter\n"
+    page = "before\n<!-- results: here -->\nformer\n<!-- /results -->\nafter\n"
+    once = renewed("x.md", page, "body\n")
+    assert once == "before\n<!-- results: here -->\n\nbody\n<!-- /results -->\nafter\n"
+    assert renewed("x.md", once, "body\n") == once
+    assert renewed("x.md", once, "") == "before\n<!-- results: here -->\n<!-- /results -->\nafter\n"
 
 
-def test_a_readme_without_the_marks_is_refused() -> None:
-    with pytest.raises(SystemExit, match="marks"):
-        renewed("nothing", [RESULT])
+def test_a_page_without_the_marks_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"x\.md: the marks"):
+        renewed("x.md", "nothing", "body")
 
 
-def test_the_readme_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["tables", "--check"])
     assert main() == 0, "python -m benchmarks.tables"
 
