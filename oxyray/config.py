@@ -138,6 +138,8 @@ class SidConfig:
     width: codes a level
     iterations: k-means rounds a level
     seed: of k-means and its re-seeded clusters
+    collisions: reassign moves items that share a SID to the nearest free code of the last level; none leaves them
+    collision_limit: most error that such a move may leave, in multiples of the mean squared error before the last level
     batch_items: items encoded at a time
     workers: encoding processes (more than 1: Ray Data)
     cache_dir: folder that keeps text vectors by content
@@ -152,6 +154,8 @@ class SidConfig:
     width: int = 256
     iterations: int = 25
     seed: int = 7
+    collisions: Literal["none", "reassign"] = "reassign"
+    collision_limit: float = 4.0
     batch_items: int = 64
     workers: int = 1
     cache_dir: str = "~/.cache/oxyray/vectors"
@@ -161,6 +165,7 @@ class SidConfig:
         _need(2 <= self.width <= 65536, "sid.width", f"must lie in 2..65536, got {self.width}")
         for name in ("iterations", "workers", "batch_items", "behaviour_dim"):
             _need(getattr(self, name) >= 1, f"sid.{name}", f"must be at least 1, got {getattr(self, name)}")
+        _need(self.collision_limit > 0, "sid.collision_limit", f"must be positive (or sid.collisions=none), got {self.collision_limit}")
         _need(self.pca_dim >= 0, "sid.pca_dim", f"must be 0 (off) or more, got {self.pca_dim}")
         _need(self.behaviour_weight > 0, "sid.behaviour_weight", f"must be positive (or sid.vectors=text), got {self.behaviour_weight}")
 

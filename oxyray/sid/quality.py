@@ -86,6 +86,8 @@ def _fit_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("left over", " -> ".join(_percent(share) for share in figures["left"]) + " of the variance"))
     if "unused" in figures:
         rows.append(("unused codes", ", ".join(map(str, figures["unused"])) + " (level by level)"))
+    if figures.get("moved"):
+        rows.append(("moved", f"{figures['moved']:,} items that shared a SID took the nearest free one"))
     if "duplicates" in figures:
         rows.append(("duplicates", f"{figures['duplicates']:,} items whose vector equals another's"))
     return rows

@@ -58,8 +58,11 @@ class RQKMeans:
         return codes_NL
 
     def reconstruct(self, codes_NL: Array) -> Array:
-        """(N, F): the vectors that these codes stand for."""
-        return np.sum([self.centroids_LVF[level][codes_NL[:, level]] for level in range(self.levels)], axis=0)
+        """(N, F): the vectors that these codes, or their first levels, stand for."""
+        vectors_NF = np.zeros((len(codes_NL), self.centroids_LVF.shape[2]), dtype=np.float32)
+        for level in range(codes_NL.shape[1]):
+            vectors_NF += self.centroids_LVF[level][codes_NL[:, level]]
+        return vectors_NF
 
     def save(self, path: Path) -> None:
         with whole(Path(path)) as part, open(part, "wb") as file:

@@ -20,6 +20,7 @@ from oxyray.run import Run
 from oxyray.sid import rqkmeans
 from oxyray.sid.behaviour import Joiner, behaviour_vectors
 from oxyray.sid.catalog import Catalog
+from oxyray.sid.collisions import told_apart
 from oxyray.sid.encoder import encode, encoder_folder, encoder_identity, item_texts
 from oxyray.sid.quality import quality, table
 
@@ -45,12 +46,16 @@ def sid(config: Config, run: Run) -> None:
     joiner = Joiner.fit(text_IF, behaviour_ID, settings.behaviour_weight, settings.pca_dim)
     vectors_IJ = joiner.apply(text_IF, behaviour_ID)
     fit = rqkmeans.fit(vectors_IJ, levels=settings.levels, width=settings.width, iterations=settings.iterations, seed=settings.seed)
+    codes_NL = fit.codes_NL
+    if settings.collisions == "reassign":
+        codes_NL = told_apart(codes_NL, vectors_IJ, fit.codebook, settings.collision_limit)
     seconds["quantise"] = time.monotonic() - clock
-    catalog = Catalog.of(items.column("item_id").to_pylist(), fit.codes_NL, settings.width)
-    figures = quality(fit.codes_NL, settings.width, _categories(items)) | {
+    catalog = Catalog.of(items.column("item_id").to_pylist(), codes_NL, settings.width)
+    figures = quality(codes_NL, settings.width, _categories(items)) | {
         "unused": list(fit.unused_L),
         "left": list(fit.left_L),
         "duplicates": fit.duplicates,
+        "moved": int((codes_NL != fit.codes_NL).any(axis=1).sum()),
         "version": catalog.version,
         "encoder": {"name": settings.encoder, "identity": encoder_identity(encoder_folder(settings.encoder))},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -84,8 +89,11 @@ def code_new_items(config: Config, run: Run, items: pa.Table) -> Catalog:
     if made_with != now:
         raise CatalogueError(f"{folder} was made with encoder {made_with}, sid.encoder={config.sid.encoder} is {now}: set the same encoder")
     vectors_NJ = Joiner.load(folder / "joiner.npz").apply(encode(item_texts(items), config.sid, config.cluster))
-    codes_NL = rqkmeans.RQKMeans.load(folder / "codebook.npz").assign(vectors_NJ)
-    return Catalog.load(folder / "catalog").append(items.column("item_id").to_pylist(), codes_NL)
+    codebook, catalog = rqkmeans.RQKMeans.load(folder / "codebook.npz"), Catalog.load(folder / "catalog")
+    codes_NL = codebook.assign(vectors_NJ)
+    if config.sid.collisions == "reassign":
+        codes_NL = told_apart(codes_NL, vectors_NJ, codebook, config.sid.collision_limit, catalog.codes_IL)
+    return catalog.append(items.column("item_id").to_pylist(), codes_NL)
 
 
 def training_events(prepared: Prepared) -> Iterator[tuple[Array, Array]]:

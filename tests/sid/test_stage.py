@@ -19,6 +19,7 @@ from oxyray.errors import CatalogueError, RunError
 from oxyray.run import Run
 from oxyray.sid import stage
 from oxyray.sid.catalog import Catalog
+from oxyray.sid.collisions import told_apart
 from oxyray.sid.encoder import encode, item_texts
 from oxyray.sid.quality import quality
 from oxyray.sid.rqkmeans import RQKMeans
@@ -79,7 +80,8 @@ def test_all_that_the_contract_names_is_written_and_fits(tmp_path: Path, cache: 
     assert (catalog.width, catalog.levels) == (8, 2)
     assert vectors.dtype == np.float32
     assert (vectors == encode(item_texts(items), config.sid)).all()
-    assert (RQKMeans.load(run.path("sid", "codebook.npz")).assign(vectors) == catalog.codes_IL).all()
+    codebook = RQKMeans.load(run.path("sid", "codebook.npz"))
+    assert (told_apart(codebook.assign(vectors), vectors, codebook, config.sid.collision_limit) == catalog.codes_IL).all()
     figures = json.loads(run.path("sid", "quality.json").read_text())
     for name, value in quality(catalog.codes_IL, 8, {"category_1": items.column("category_1").to_pylist()}).items():
         assert figures[name] == value
@@ -89,6 +91,15 @@ def test_all_that_the_contract_names_is_written_and_fits(tmp_path: Path, cache: 
     for line in ("Codebook coverage", "Cluster purity", "SID collision", "Load balance", "Gini", "of 54 items"):
         assert line in said
     assert run.metrics("sid")[-1]["version"] == catalog.version
+
+
+def test_shared_sids_stay_shared_when_asked(tmp_path: Path, cache: Path) -> None:
+    config, run = made(tmp_path, cache, collisions="none")
+    stage.sid(config, run)
+    vectors = np.load(run.path("sid", "vectors.npy"), allow_pickle=False)
+    codes = Catalog.load(run.path("sid", "catalog")).codes_IL
+    assert (RQKMeans.load(run.path("sid", "codebook.npz")).assign(vectors) == codes).all()
+    assert len(np.unique(codes, axis=0)) < len(codes)
 
 
 def test_same_settings_same_catalogue_other_seed_another(tmp_path: Path, cache: Path) -> None:

@@ -1,0 +1,67 @@
+"""Items that share a SID are told apart at the last level: all but the one that its code describes best move to the nearest code that is
+free below the same prefix. The prefix, which carries the meaning, stays; what a move costs in error is bounded.
+
+Legend: N items, F dimensions, L levels, V codes a level, H items that look for a code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from oxyray.sid.rqkmeans import RQKMeans
+
+Array = np.ndarray
+
+_AT_ONCE = 2**24  # distances held at a time
+
+
+def told_apart(codes_NL: Array, vectors_NF: Array, codebook: RQKMeans, limit: float, taken_ML: Array | None = None) -> Array:
+    """Codes (N, L) with collisions resolved where they can be; what `taken_ML` (published SIDs) holds is free for nobody.
+
+    `limit`: a move may leave at most this many times the mean squared error that there was before the last level. Items that find no
+    code within it, or a prefix whose codes are all taken, keep the SID that they share. Equal input gives equal output.
+    """
+    codes_NL = codes_NL.copy()
+    width, centroids_VF = codebook.width, codebook.centroids_LVF[-1].astype(np.float32)
+    residual_NF = np.asarray(vectors_NF, dtype=np.float32) - codebook.reconstruct(codes_NL[:, :-1])
+    most = limit * float(np.einsum("nf,nf->n", residual_NF, residual_NF).mean()) if len(residual_NF) else 0.0
+    published_ML = codes_NL[:0] if taken_ML is None else taken_ML
+    _, prefix_A = np.unique(np.concatenate([published_ML, codes_NL])[:, :-1], axis=0, return_inverse=True)
+    prefix_N = prefix_A.reshape(-1)[len(published_ML) :].astype(np.int64)
+    taken = np.unique(prefix_A.reshape(-1)[: len(published_ML)] * width + published_ML[:, -1])
+    error_N = np.square(residual_NF - centroids_VF[codes_NL[:, -1]]).sum(axis=1)
+    homeless_H, taken = _settle(np.arange(len(codes_NL)), prefix_N * width + codes_NL[:, -1], error_N, taken)
+    while len(homeless_H):
+        code_H, error_H = _nearest_free(residual_NF[homeless_H], prefix_N[homeless_H], centroids_VF, taken)
+        found_H = error_H <= most
+        homeless_H, code_H, error_H = homeless_H[found_H], code_H[found_H], error_H[found_H]
+        left_H, taken = _settle(homeless_H, prefix_N[homeless_H] * width + code_H, error_H, taken)
+        settled_H = ~np.isin(homeless_H, left_H)
+        codes_NL[homeless_H[settled_H], -1] = code_H[settled_H]
+        homeless_H = left_H
+    return codes_NL
+
+
+def _settle(item_H: Array, key_H: Array, error_H: Array, taken: Array) -> tuple[Array, Array]:
+    """Each free SID goes to whoever it describes best (then to the first): those who are left without one, and all SIDs now taken."""
+    order = np.lexsort((item_H, error_H, key_H))
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = key_H[order][1:] != key_H[order][:-1]
+    wins = first & ~np.isin(key_H[order], taken)
+    return np.sort(item_H[order[~wins]]), np.union1d(taken, key_H[order[wins]])
+
+
+def _nearest_free(residual_HF: Array, prefix_H: Array, centroids_VF: Array, taken: Array) -> tuple[Array, Array]:
+    """The nearest code that is free below each one's prefix, and the squared error of taking it (infinite where none is free)."""
+    width = len(centroids_VF)
+    code_H, error_H = np.zeros(len(residual_HF), dtype=np.int32), np.zeros(len(residual_HF), dtype=np.float32)
+    square_V = np.einsum("vf,vf->v", centroids_VF, centroids_VF)
+    step = max(1, _AT_ONCE // width)
+    for first in range(0, len(residual_HF), step):
+        here = slice(first, first + step)
+        part_hF = residual_HF[here]
+        error_hV = np.einsum("hf,hf->h", part_hF, part_hF)[:, None] + square_V - 2 * part_hF @ centroids_VF.T
+        error_hV[np.isin(prefix_H[here, None] * width + np.arange(width), taken)] = np.inf
+        code_H[here] = error_hV.argmin(axis=1)
+        error_H[here] = error_hV.min(axis=1)
+    return code_H, error_H
