@@ -33,3 +33,7 @@ class TrainingError(OxyrayError):
 
 class GenerationError(OxyrayError):
     """Generation cannot give a legal result: an empty pool, a beam without children."""
+
+
+class RewardError(OxyrayError):
+    """A reward cannot be computed: names the component, the request and the candidate. It is never replaced by a zero."""
