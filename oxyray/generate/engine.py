@@ -40,9 +40,9 @@ class Generator:
         self, policy: Policy, lookup: Lookup, index: PrefixIndex, order_I: np.ndarray, beams: int, normalise: str = "children"
     ) -> None:
         self.policy, self.lookup, self.beams, self.normalise = policy, lookup, beams, normalise
-        leaf_N = np.repeat(np.arange(index.leaves), np.diff(index.leaf_offset))
-        ranked = np.lexsort((index.leaf_items, -order_I[index.leaf_items], leaf_N))
-        self._items_of_leaf, self._leaf_offset = index.leaf_items[ranked], index.leaf_offset
+        ranked = np.lexsort((index.leaf_items, -order_I[index.leaf_items], index.item_leaf()))
+        self._items_of_leaf = index.leaf_items[ranked].astype(np.int64)
+        self._leaf_offset = np.append(0, np.cumsum(index.leaf_count, dtype=np.int64))
         self._pools: dict[str, Pool] = {}
 
     def pool(self, name: str, allowed_I: np.ndarray) -> Pool | None:

@@ -9,56 +9,116 @@ Legend: M hidden states, P (state, child) pairs, I items, n_l nodes of level l, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from oxyray.model.layers import Tensor
 from oxyray.sid.prefix import PrefixIndex
 
 
 class Tree(nn.Module):
-    """A PrefixIndex as tensors that move with the model but are not saved with it: the catalogue is their home."""
+    """A PrefixIndex as tensors that move with the model but are not saved with it: the catalogue is their home.
+
+    It is nearly as compact as the index, and decoding widens only what it looks up (`children_of`, `code_of`). What the tied head
+    and its losses need of whole levels, in int64, is made when it is first asked for, and kept.
+    """
 
     def __init__(self, index: PrefixIndex) -> None:
         super().__init__()
         self.levels, self.items = index.levels, len(index.leaf_items)
         for level in range(index.levels):
-            self._put(f"code{level}", index.code[level].astype(np.int64))
-            self._put(f"parent{level}", index.parent[level])
+            self._put(f"compact_code{level}", _signed(index.code[level]))
             if level + 1 < index.levels:
-                self._put(f"first_child{level}", index.first_child[level])
-        leaf_N = np.repeat(np.arange(index.leaves), np.diff(index.leaf_offset))
-        self._put("leaf_items", index.leaf_items)
-        first_item = index.leaf_offset
-        for level in reversed(range(index.levels)):
-            self._put(f"first_item{level}", first_item)
-            if level:  # the first item of a node is that of its first child
-                first_item = first_item[index.first_child[level - 1]]
-        path_IL = np.zeros((int(index.leaf_items.max()) + 1, index.levels), dtype=np.int64)
-        path_IL[index.leaf_items] = index.node_path(leaf_N)
-        self.path_IL: Tensor
-        self._put("path_IL", path_IL)
+                self._put(f"first_child{level}", _signed(index.first_child[level]))
+        self._put("leaf_count", _signed(index.leaf_count))
+        self._put("compact_items", _signed(index.leaf_items))
 
-    def _put(self, name: str, values: np.ndarray) -> None:
-        self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(values)), persistent=False)
+    def _put(self, name: str, values: Tensor) -> Tensor:
+        self.register_buffer(name, values, persistent=False)
+        return values
+
+    def _kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        if name not in self._buffers:
+            with torch.inference_mode(False):  # else training could not use it later
+                return self._put(name, make())
+        return self.get_buffer(name)
+
+    def nodes(self, level: int) -> int:
+        return len(self.get_buffer(f"compact_code{level}"))
 
     def code(self, level: int) -> Tensor:
-        return self.get_buffer(f"code{level}")
+        """The code of every node of a level: (n_l,)."""
+        return self._kept(f"code{level}", self.get_buffer(f"compact_code{level}").long)
+
+    def code_of(self, level: int, node_M: Tensor) -> Tensor:
+        """The same for a few nodes."""
+        return self.get_buffer(f"compact_code{level}")[node_M].long()
 
     def parent(self, level: int) -> Tensor:
-        return self.get_buffer(f"parent{level}")
+        """The parent of every node of a level (zeros at the first): (n_l,)."""
+        if level == 0:
+            return torch.zeros_like(self.code(0))
+        return self._kept(f"parent{level}", lambda: _counted(torch.diff(self.get_buffer(f"first_child{level - 1}").long())))
 
     def children_of(self, level: int, node_M: Tensor) -> tuple[Tensor, Tensor]:
         """First child (a node of level + 1) and number of children of each node."""
         first = self.get_buffer(f"first_child{level}")
-        return first[node_M], first[node_M + 1] - first[node_M]
+        first_M = first[node_M].long()
+        return first_M, first[node_M + 1].long() - first_M
 
     def items_below(self, level: int, node_M: Tensor) -> tuple[Tensor, Tensor]:
         """Items below each node as pairs: state_T and item_T, in leaf order."""
-        first = self.get_buffer(f"first_item{level}")
+        first = self._first_item(level)
         state_T, place_T = spread(first[node_M], first[node_M + 1] - first[node_M])
-        return state_T, self.get_buffer("leaf_items")[place_T]
+        return state_T, self.get_buffer("compact_items")[place_T].long()
+
+    def leaf_of_item(self) -> Tensor:
+        """The leaf of every item of the catalogue; -1 for an item index that has none: (I,)."""
+
+        def make() -> Tensor:
+            item_I = self.get_buffer("compact_items").long()
+            return torch.full((int(item_I.max()) + 1,), -1, device=item_I.device).index_put(
+                (item_I,), _counted(self.get_buffer("leaf_count").long())
+            )
+
+        return self._kept("leaf_of_item_I", make)
+
+    @property
+    def path_IL(self) -> Tensor:
+        """The nodes above every item, level by level; zeros for an item index that has none: (I, L)."""
+
+        def make() -> Tensor:
+            path = [self.leaf_of_item().clamp(min=0)]
+            for level in reversed(range(1, self.levels)):
+                path.append(self.parent(level)[path[-1]])
+            return torch.stack(path[::-1], dim=1) * (self.leaf_of_item() >= 0)[:, None]
+
+        return self._kept("item_path_IL", make)
+
+    def _first_item(self, level: int) -> Tensor:
+        """Where the items below each node start among all items, with the end behind the last: (n_l + 1,)."""
+
+        def make() -> Tensor:
+            if level + 1 < self.levels:  # the first item of a node is that of its first child
+                return self._first_item(level + 1)[self.get_buffer(f"first_child{level}").long()]
+            return F.pad(torch.cumsum(self.get_buffer("leaf_count").long(), 0), (1, 0))
+
+        return self._kept(f"first_item{level}", make)
+
+
+def _signed(values: np.ndarray) -> Tensor:
+    """As a tensor of the smallest type that torch supports everywhere (gloo, which broadcasts buffers, knows no 16-bit integers)."""
+    kinds = (np.uint8, np.int32, np.int64)
+    return torch.from_numpy(values.astype(next(kind for kind in kinds if int(values.max()) <= np.iinfo(kind).max)))
+
+
+def _counted(count_N: Tensor) -> Tensor:
+    """0 `count[0]` times, then 1 `count[1]` times, and so on."""
+    return torch.repeat_interleave(torch.arange(len(count_N), device=count_N.device), count_N)
 
 
 class Head(nn.Module):

@@ -49,7 +49,7 @@ def test_a_narrow_beam_equals_beam_search_written_out(normalise):
                 parent = toy.index.parent[level] if level else np.zeros(len(toy.index.code[0]), int)
                 children = np.flatnonzero(parent == (prefix[-1] if prefix else 0))
                 logits = toy.policy.head.own[level] @ decoding.hidden_BKD[0, 0]
-                codes = toy.index.code[level][children]
+                codes = toy.index.code[level][children].astype(int)
                 over = logits[codes] if normalise == "children" else logits
                 grown += [(score + float(logits[c] - torch.logsumexp(over, 0)), (*prefix, n)) for c, n in zip(codes, children, strict=True)]
             live = sorted(grown, reverse=True)[:4]

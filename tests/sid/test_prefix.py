@@ -100,3 +100,29 @@ def test_codes_that_cannot_be_indexed(codes: np.ndarray, width: int, items: np.n
 def test_sids_of_another_length_are_refused() -> None:
     with pytest.raises(CatalogueError, match="2 levels"):
         PrefixIndex.from_codes(np.array([[1, 0]]), 4).leaf_of(np.array([[1, 0, 0]]))
+
+
+@pytest.mark.parametrize("items", [1, 63, 64, 65, 128, 700])
+def test_items_of_a_leaf_start_where_the_counts_before_it_end(items: int) -> None:
+    index = PrefixIndex.from_codes(np.random.default_rng(items).integers(0, 9, (items, 3)), 9)
+    want = np.append(0, np.cumsum(index.leaf_count, dtype=int))
+    assert index.first_item(np.arange(index.leaves + 1)).tolist() == want.tolist()
+    assert (np.bincount(index.item_leaf()) == index.leaf_count).all()
+
+
+def test_codes_too_wide_to_pack_sort_the_same() -> None:
+    """Four levels of 20 bits and the items do not fit 64 bits: the index is sorted by columns instead."""
+    codes_IL = np.random.default_rng(0).integers(0, 3, (40, 4))
+    one, two = PrefixIndex.from_codes(codes_IL, 3), PrefixIndex.from_codes(codes_IL, 1 << 20)
+    for a, b in zip((*one.code, *one.first_child, one.leaf_items), (*two.code, *two.first_child, two.leaf_items), strict=True):
+        assert (a == b).all()
+
+
+def test_half_a_million_items_take_four_megabytes() -> None:
+    """Eight bytes an item: what keeps ten million below 100 MB."""
+    rng = np.random.default_rng(0)
+    parents = rng.integers(0, 8192, (500_000 // 18, 2))
+    codes_IL = np.concatenate([parents[rng.integers(0, len(parents), 500_000)], rng.integers(0, 8192, (500_000, 1))], axis=1)
+    index = PrefixIndex.from_codes(codes_IL, 8192)
+    assert index.nbytes() < 8 * 500_000
+    assert (index.codes_of(index.leaf_of(codes_IL[::1000])) == codes_IL[::1000]).all()
