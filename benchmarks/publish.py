@@ -32,7 +32,8 @@ def main() -> None:
     folder = Path("/dev/shm") / f"oxyray-bench-{os.getpid()}"
     report = Report("publish", {"width": WIDTH, "touched": TOUCHED, "asked": ASKED, "repeats": repeats}, [SEED])
     try:
-        rows, attach = [], {}
+        rows: list[list[Cell]] = []
+        attach: dict[float, float] = {}
         for size in sizes:
             times, attach[size] = hand_over(ray, folder, size, repeats)
             rows.append([f"{size:g} GB", *(1e3 * times[form] for form in ("published", "numpy", "torch")), 1e3 * attach[size]])
@@ -43,39 +44,42 @@ def main() -> None:
             file.unlink()
         folder.rmdir()
     columns = ["table", "published, ms", "numpy put + get, ms", "torch put + get, ms", "attach, ms"]
-    report.table("Table to a reader after a step that touched 5% of the rows (medians)", columns, list[list[Cell]](rows))
+    report.table("Table to a reader after a step that touched 5% of the rows (medians)", columns, rows)
     report.claim(f"against ray.put and ray.get of the tensor, {sizes[-1]:g} GB", last["torch"] / last["published"], 50, "×")
     report.claim(f"against ray.put and ray.get of the numpy array, {sizes[-1]:g} GB", last["numpy"] / last["published"], 3, "×")
     report.claim(f"attach time, {sizes[-1]:g} GB against {sizes[0]:g} GB", attach[sizes[-1]] / attach[sizes[0]], 2, "×", better="lower")
     report.finish(options.quick)
 
 
+class Rollout:
+    """A reader in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def attach(self) -> float:
+        begin = time.perf_counter()
+        self.reader = TableReader(self.folder, "item")
+        self.reader.read(np.arange(1))
+        return time.perf_counter() - begin
+
+    def rows(self, ids_N: np.ndarray) -> float:
+        return float(self.reader.read(ids_N)[0][0, 0])
+
+    def taken(self, table_RD: Any, ids_N: Any) -> float:
+        return float(table_RD[ids_N][0, 0])
+
+
 def hand_over(ray: Any, folder: Path, size: float, repeats: int) -> tuple[dict[str, float], float]:
     """Median seconds of each form, and of attaching."""
     import torch
-
-    @ray.remote
-    class Rollout:
-        """A reader in a process of its own."""
-
-        def attach(self) -> float:
-            begin = time.perf_counter()
-            self.reader = TableReader(folder, "item")
-            self.reader.read(np.arange(1))
-            return time.perf_counter() - begin
-
-        def rows(self, ids_N: np.ndarray) -> float:
-            return float(self.reader.read(ids_N)[0][0, 0])
-
-        def taken(self, table: Any, ids_N: np.ndarray) -> float:
-            return float(table[torch.from_numpy(ids_N.copy())][0, 0] if isinstance(table, torch.Tensor) else table[ids_N][0, 0])
 
     random = np.random.default_rng(SEED)
     count = int(size * 2**30 / 4 / WIDTH)
     table_RD = random.random((count, WIDTH), dtype=np.float32)
     shard = PublishedShard(folder, "item", 0, 0, count, WIDTH)
     shard.publish(0, np.arange(count), table_RD)
-    rollout = Rollout.remote()
+    rollout: Any = ray.remote(Rollout).remote(folder)
     attach = statistics.median(ray.get([rollout.attach.remote() for _ in range(repeats + 2)]))
     ids_N = random.integers(0, count, ASKED)
     times: dict[str, list[float]] = {"published": [], "numpy": [], "torch": []}
@@ -90,7 +94,7 @@ def hand_over(ray: Any, folder: Path, size: float, repeats: int) -> tuple[dict[s
         forms: dict[str, Callable[[], Any]] = {
             "published": published,
             "numpy": lambda: rollout.taken.remote(ray.put(table_RD), ids_N),
-            "torch": lambda: rollout.taken.remote(ray.put(torch.from_numpy(table_RD)), ids_N),
+            "torch": lambda: rollout.taken.remote(ray.put(torch.from_numpy(table_RD)), torch.from_numpy(ids_N)),
         }
         for form, handed in forms.items():
             begin = time.perf_counter()
