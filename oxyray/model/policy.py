@@ -8,16 +8,17 @@ batch, L levels, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from oxyray.config import ModelConfig
 from oxyray.data.batch import Batch, pad_index
-from oxyray.errors import CatalogueError
+from oxyray.errors import CatalogueError, GenerationError
 from oxyray.model.decoder import BeamState, Decoder, Memory
 from oxyray.model.encoder import Encoder
-from oxyray.model.head import Head, Tree
+from oxyray.model.head import Head, Tree, ragged_logsumexp, spread
 from oxyray.model.items import Clock, ItemEncoder, Vocab
 from oxyray.model.layers import Dropout, RMSNorm, Tensor
 from oxyray.model.losses import Children, LossOut, distilled_roots, item_nll, vocabulary_nll
@@ -37,6 +38,13 @@ class Decoding:
     hidden_BKD: Tensor
     item_query_BD: Tensor
     item_UD: Tensor
+
+
+class Legality(Protocol):
+    """Which nodes a request may walk through: its pool, less what it must not get."""
+
+    def keep(self, level: int, request_P: Tensor, node_P: Tensor) -> Tensor | None:
+        """A bool for each pair of request and node; None: all may."""
 
 
 class Policy(nn.Module):
@@ -111,6 +119,52 @@ class Policy(nn.Module):
                 distilled_Q = distilled_Q + children.distilled(prob_QU, state_T, item_T, self.tree.path_IL[item_T, level])
         return {"ntp": nll_Q} if prob_QU is None else {"ntp": nll_Q, "distill": distilled_Q}
 
+    def logprob(self, batch: Batch, rows: Rows, path_BGL: Tensor, legal: Legality | None = None, temperature: float = 1.0) -> Tensor:
+        """Log-probability of every token of given SIDs, each over its prefix's legal children at `temperature`: (B, G, L), with gradient.
+
+        `batch` has one query a segment; `path_BGL` are nodes of the index, -1 for an absent candidate (0 in the result). The encoder and
+        the cross-attention's keys and values are computed once a request. Raises GenerationError for a candidate that is not legal.
+        """
+        (requests, group, levels), real_BG = path_BGL.shape, path_BGL[..., -1] >= 0
+        item_UD = self.items(batch.items, rows["item"])
+        memory = self._memory(batch, rows, item_UD)
+        vectors = self.head.node_vectors(self.tree, item_UD)
+        path_ML, request_M = path_BGL.clamp(min=0).flatten(0, 1), torch.arange(requests, device=path_BGL.device).repeat_interleave(group)
+        prompt_MTD = self._prompt(batch, item_UD, memory)[request_M]
+        tokens = [self._token(level, self.tree.code(level)[path_ML[:, level]])[:, None] for level in range(levels - 1)]
+        x_MTD = self.dropout(torch.cat([prompt_MTD, *tokens], dim=1)) + self._state(batch, memory)[request_M][:, None]
+        hidden_MTD = self.decoder(x_MTD, memory.shared_by(group))[:, prompt_MTD.shape[1] - 1 :] / temperature
+        token_lp = [
+            self._token_logprob(level, hidden_MTD[:, level], vectors[level], path_ML, request_M, real_BG.flatten(), legal)
+            for level in range(levels)
+        ]
+        return torch.stack(token_lp, dim=-1).view(requests, group, levels)
+
+    def _token_logprob(
+        self, level: int, hidden_MD: Tensor, vector_nD: Tensor, path_ML: Tensor, request_M: Tensor, real_M: Tensor, legal: Legality | None
+    ) -> Tensor:
+        """Of one level's tokens: (M,)."""
+        if level == 0:
+            first_M, count_M = torch.zeros_like(request_M), torch.full_like(request_M, len(vector_nD))
+        else:
+            first_M, count_M = self.tree.children_of(level - 1, path_ML[:, level - 1])
+        state_P, child_P = spread(first_M, torch.where(real_M, count_M, 0))
+        keep_P = None if legal is None else legal.keep(level, request_M[state_P], child_P)
+        if keep_P is not None:
+            state_P, child_P = state_P[keep_P], child_P[keep_P]
+        dense = level == 0
+        logit_P = (hidden_MD @ vector_nD.T)[state_P, child_P] if dense else (hidden_MD[state_P] * vector_nD[child_P]).sum(-1)
+        mine_P = child_P == path_ML[state_P, level]
+        if int(mine_P.sum()) != int(real_M.sum()):
+            found_M = torch.zeros_like(real_M).index_put((state_P[mine_P],), real_M.new_ones(1))
+            raise GenerationError(
+                f"candidate of request {int(request_M[(real_M & ~found_M).nonzero()[0]])} is not legal at level {level + 1}: "
+                "its item is not in the request's pool"
+            )
+        total_M = ragged_logsumexp(logit_P, state_P, len(hidden_MD))
+        state_H = state_P[mine_P]
+        return hidden_MD.new_zeros(len(hidden_MD)).index_put((state_H,), logit_P[mine_P] - total_M[state_H])
+
     @torch.no_grad()
     def start(self, batch: Batch, rows: Rows) -> Decoding:
         """Encode requests (one query a segment) and run their prompt: `hidden_BKD` (K = 1) predicts the first code."""
@@ -162,8 +216,8 @@ class Policy(nn.Module):
         return Memory(memory_BSD, position_BS, query_BP, real_BP, position_BS[:, None] < position_BP[..., None], position_BP)
 
     def _state(self, batch: Batch, memory: Memory) -> Tensor:
-        """Where the history stands at each query: the memory of the last event that it sees. Every decoder token starts from it, so that what
-        follows what is learned without a detour through attention: (Q, D).
+        """Where the history stands at each query: the memory of the last event that it sees. Every decoder token starts from it, so that
+        what follows what is learned without a detour through attention: (Q, D).
         """
         return self.state(memory.memory_BSD[_segments(batch), batch.visible_Q])
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from oxyray.data.requests import training_segments
-from oxyray.errors import CatalogueError
+from oxyray.errors import CatalogueError, GenerationError
 from oxyray.model.head import ragged_logsumexp, spread
 from oxyray.model.losses import item_nll
 from oxyray.model.policy import Policy
@@ -159,7 +159,8 @@ def test_distillation_is_the_cross_entropy_to_the_item_softmax_summed_over_each_
     for query, target in enumerate(batch.target_Q.tolist()):
         tokens = [toy.policy._token(level, torch.tensor(toy.codes_IL[target, level])) for level in range(2)]
         prompt_QTD = toy.policy._prompt(batch, item_UD, memory)
-        x_QTD = torch.cat([prompt_QTD, torch.stack(tokens).expand(batch.queries, -1, -1)], dim=1) + toy.policy._state(batch, memory)[:, None]
+        x_QTD = torch.cat([prompt_QTD, torch.stack(tokens).expand(batch.queries, -1, -1)], dim=1)
+        x_QTD = x_QTD + toy.policy._state(batch, memory)[:, None]
         hidden_TD = toy.policy.decoder(x_QTD, memory)[query, 1:]
         prob_I = torch.softmax(item_UD @ toy.policy.item_query(hidden_TD[0]), 0)
         for level in range(3):
@@ -169,3 +170,67 @@ def test_distillation_is_the_cross_entropy_to_the_item_softmax_summed_over_each_
             logprob = torch.log_softmax(vectors[level][children] @ hidden_TD[level], 0)
             total -= float(batch.weight_Q[query]) * (share * logprob).sum().item()
     assert out.parts["distill"].item() == pytest.approx(total, rel=1e-6)
+
+
+class Allowed:
+    """Legality written down plainly: the nodes above each request's allowed items."""
+
+    def __init__(self, toy: Toy, allowed: list[np.ndarray]) -> None:
+        path_IL = toy.policy.tree.path_IL.numpy()
+        self.nodes = [[set(path_IL[items, level].tolist()) for level in range(3)] for items in allowed]
+
+    def keep(self, level: int, request_P: torch.Tensor, node_P: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([n in self.nodes[r][level] for r, n in zip(request_P.tolist(), node_P.tolist(), strict=True)], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("head", ["tied", "codes"])
+def test_logprob_of_given_sids_equals_the_decoders_own_token_by_token(head: str) -> None:
+    toy = Toy(head=head)
+    batch = toy.request_batch(np.array([5, 20, 40]))
+    rows = toy.lookup(batch.lookups())
+    random = np.random.default_rng(0)
+    allowed = [random.choice(40, 15, replace=False) for _ in range(3)]
+    path_BGL = torch.stack([toy.policy.tree.path_IL[items[:4]] for items in allowed])
+    path_BGL[1, 2] = -1
+    found = toy.policy.logprob(batch, rows, path_BGL, Allowed(toy, allowed), temperature=0.7)
+    assert (found[1, 2] == 0).all()
+    nodes = Allowed(toy, allowed).nodes
+    for b in range(3):
+        for g in range(4):
+            if (b, g) == (1, 2):
+                continue
+            decoding = toy.policy.start(batch, rows)
+            for level, node in enumerate(path_BGL[b, g].tolist()):
+                parent = toy.index.parent[level] if level else np.zeros(len(toy.index.code[0]), int)
+                above = path_BGL[b, g, level - 1].item() if level else 0
+                children = [n for n in np.flatnonzero(parent == above).tolist() if n in nodes[b][level]]
+                logits = (decoding.vectors[level] @ decoding.hidden_BKD[b, 0])[children] / 0.7
+                expected = float(torch.log_softmax(logits, 0)[children.index(node)])
+                assert found[b, g, level].item() == pytest.approx(expected, abs=1e-9)
+                origin = torch.zeros(3, 1).long() if level else None
+                toy.policy.advance(decoding, level, path_BGL[:, g, level][:, None].clamp(min=0), origin)
+
+
+def test_logprob_of_the_targets_is_the_training_loss() -> None:
+    toy = Toy(item_loss=0.0)
+    batch = toy.request_batch(np.arange(3, 30, 4))
+    batch.weight_Q = torch.ones_like(batch.weight_Q)
+    rows = {name: row.requires_grad_() for name, row in toy.lookup(batch.lookups()).items()}
+    paths = toy.policy.tree.path_IL[batch.items.ids_U[batch.target_Q]][:, None]
+    own = -toy.policy.logprob(batch, rows, paths).sum()
+    loss = toy.policy.loss(batch, rows).total
+    assert own.item() == pytest.approx(loss.item(), rel=1e-12)
+    mine, theirs = (torch.autograd.grad(value, [*rows.values()], allow_unused=True) for value in (own, loss))
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, atol=1e-10)
+
+
+def test_a_candidate_outside_the_pool_is_refused() -> None:
+    toy = Toy()
+    batch = toy.request_batch(np.array([5, 20]))
+    path_BGL = toy.policy.tree.path_IL[torch.tensor([[1], [2]])]
+    items = np.flatnonzero(toy.codes_IL[:, 0] == toy.codes_IL[1, 0])
+    others = np.flatnonzero(toy.codes_IL[:, 0] != toy.codes_IL[2, 0])
+    with pytest.raises(GenerationError, match="request 1 is not legal at level 1"):
+        toy.policy.logprob(batch, toy.lookup(batch.lookups()), path_BGL, Allowed(toy, [items, others]))
