@@ -10,7 +10,7 @@ import yaml
 from oxyray.cli.compose import check, choices, compose_config, conf_dir
 from oxyray.cli.help import reference
 from oxyray.config import Config
-from oxyray.config_keys import keys
+from oxyray.config.keys import keys
 
 ROOT = Path(__file__).parents[1]
 CHOICES = [(group, choice) for group, names in choices().items() for choice in names]

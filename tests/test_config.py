@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oxyray.config import Config, ModelConfig, from_dict, to_dict
-from oxyray.config_keys import REQUIRED, keys
+from oxyray.config.keys import REQUIRED, keys
 from oxyray.errors import ConfigError
 
 

@@ -276,7 +276,7 @@ def test_a_job_borrows_nothing_that_stands_on_what_does_not_fit(shop: Shop) -> N
 
 
 def test_the_shipped_table_reads_only_earlier_stages_and_known_settings() -> None:
-    from oxyray.config_keys import groups, keys
+    from oxyray.config.keys import groups, keys
 
     known = {key.name for key in keys()} | set(groups())
     for number, stage in enumerate(STAGES):

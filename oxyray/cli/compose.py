@@ -24,7 +24,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import oxyray
 from oxyray.config import Config, from_dict
-from oxyray.config_keys import REQUIRED, keys
+from oxyray.config.keys import REQUIRED, keys
 from oxyray.errors import ConfigError
 
 # What a sweep may set of Hydra's own configuration. Hydra runs what its other keys name (callbacks, log handlers), so they stay shut.

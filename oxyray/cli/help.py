@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oxyray.cli.compose import choices, conf_dir
-from oxyray.config_keys import REQUIRED, Key, groups, keys
+from oxyray.config.keys import REQUIRED, Key, groups, keys
 from oxyray.pipeline import STAGES
 
 COMMANDS = {

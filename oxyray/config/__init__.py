@@ -1,0 +1,76 @@
+"""The whole configuration, as keyword-only dataclasses.
+
+Hydra composes a DictConfig from `conf/`; `from_dict` turns it into these classes once, at the entry point. After that no component reads a
+DictConfig: each receives its own slice. Whatever can be known to be wrong before work starts (a wrong type, an unknown key, heads that do
+not divide the width) is a `ConfigError` here: one line that names the key, what is wrong, and the mend.
+
+Each class's docstring ends with its keys, one `key: what it means` a line. `oxyray STAGE --help` and `docs/configuration.md` print
+those lines, so a key's meaning is written once, beside its default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from oxyray.config.cluster import ClusterConfig, TrackingConfig
+from oxyray.config.data import DataConfig, MallConfig, SidConfig
+from oxyray.config.evaluate import EvaluateConfig, RecommendConfig, SasrecConfig
+from oxyray.config.model import GenerateConfig, ModelConfig, OptimConfig, TrainConfig
+from oxyray.config.plain import from_dict, need, to_dict
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything.
+
+    run_dir: folder that holds all that the run makes
+    seed: the one seed from which the others follow
+    force: redo stages that are fresh
+    """
+
+    run_dir: str
+    seed: int = 7
+    force: bool = False
+    data: DataConfig
+    sid: SidConfig = field(default_factory=SidConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    recommend: RecommendConfig = field(default_factory=RecommendConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        need(
+            self.generate.normalise == "children" or self.model.head == "codes",
+            "generate.normalise",
+            "over the whole vocabulary needs model.head=codes: the tied head scores a prefix's children only",
+        )
+        beams, top = self.generate.beams, max(self.evaluate.ks)
+        need(top <= beams, "generate.beams", f"{beams} beams cannot fill the top {top} of evaluate.ks: set generate.beams={top} or more")
+        most = self.sid.width**self.sid.levels
+        if self.data.source == "mall" and self.data.mall.items is not None:
+            most = min(most, self.data.mall.items)
+        need(
+            beams <= most, "generate.beams", f"{beams} beams are wider than the catalogue of {most} items at most: set it to {most} or less"
+        )
+
+
+__all__ = [
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "MallConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RecommendConfig",
+    "SasrecConfig",
+    "SidConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "from_dict",
+    "to_dict",
+]
