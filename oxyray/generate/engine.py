@@ -1,35 +1,87 @@
 """Requests to items: batches of requests through beam search, SIDs resolved to items.
- A SID that several items share gives all of them, next to each other: more training events first, then the smaller item index. That is the
+
+A SID that several items share gives all of them, next to each other: more training events first, then the smaller item index. That is the
 stated tie-break; item-level metrics stand on it.
 
-Legend: B requests, K beams, R items a request, I items of the catalogue.
+Legend: B requests, K beams, G samples, R items a request, I items of the catalogue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from oxyray.data.batch import Batch
-from oxyray.generate.beam import Beams, Pool, beam_search
+from oxyray.errors import CatalogueError
+from oxyray.generate.beam import beam_search
+from oxyray.generate.pools import Legal, Pool
+from oxyray.generate.sample import Samples, Sampling, sample
+from oxyray.generate.score import Normalise
+from oxyray.generate.steps import PolicySteps
+from oxyray.model.head import Tree
 from oxyray.model.layers import Tensor
 from oxyray.model.policy import Policy, Rows
 from oxyray.sid.prefix import PrefixIndex
 
 Lookup = Callable[[dict[str, Tensor]], Rows]
+Pools = Pool | None | Sequence[Pool | None]  # one for all requests, or one each
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Items best first, `item_BR` (-1: none left) with `score_BR` (log-probability of their SID), and the SIDs themselves, `leaf_BK`."""
+    """Items best first, `item_BR` (-1: none left) with `score_BR` (log-probability of their SID), and the SIDs themselves: leaves of
+    `index`, `leaf_BK`."""
 
     item_BR: np.ndarray
     score_BR: np.ndarray
     leaf_BK: np.ndarray
     logprob_BK: np.ndarray
+    index: PrefixIndex
+
+
+@dataclass(frozen=True)
+class Cap:
+    """At most `most` items of a category in a list, best first. `category_I`: the category of every item, -1 for none (not capped)."""
+
+    category_I: np.ndarray
+    most: int
+
+    def keep(self, item_N: np.ndarray) -> np.ndarray:
+        """Which of these items, best first, stay: bool (N,)."""
+        category_N = self.category_I[item_N]
+        order_N = np.argsort(category_N, kind="stable")
+        sorted_N = category_N[order_N]
+        rank_N = np.empty(len(item_N), dtype=np.int64)
+        rank_N[order_N] = np.arange(len(item_N)) - np.searchsorted(sorted_N, sorted_N)
+        return (rank_N < self.most) | (category_N < 0)
+
+
+@dataclass(frozen=True)
+class _Serving:
+    """All that knows one version of the catalogue. A batch takes it once, so a swap falls between batches."""
+
+    policy: Policy
+    index: PrefixIndex
+    items: np.ndarray  # those of each leaf in the order of the tie-break, from `offset[leaf]` on
+    offset: np.ndarray
+    pools: dict[str, Pool] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, policy: Policy, index: PrefixIndex, order_I: np.ndarray) -> _Serving:
+        ranked = np.lexsort((index.leaf_items, -order_I[index.leaf_items], index.item_leaf()))
+        return cls(policy, index, index.leaf_items[ranked], np.append(0, np.cumsum(index.leaf_count, dtype=np.int64)))
+
+    def below(self, leaf_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Items of these leaves in order, and the place in `leaf_N` that each belongs to."""
+        first_N, count_N = self.offset[leaf_N], self.offset[leaf_N + 1] - self.offset[leaf_N]
+        place_T = np.repeat(np.arange(len(leaf_N)), count_N)
+        start_N = np.cumsum(count_N) - count_N
+        return self.items[np.arange(len(place_T)) - start_N[place_T] + first_N[place_T]].astype(np.int64), place_T
 
 
 class Generator:
@@ -37,51 +89,104 @@ class Generator:
     first."""
 
     def __init__(
-        self, policy: Policy, lookup: Lookup, index: PrefixIndex, order_I: np.ndarray, beams: int, normalise: str = "children"
+        self, policy: Policy, lookup: Lookup, index: PrefixIndex, order_I: np.ndarray, beams: int, normalise: Normalise = "children"
     ) -> None:
-        self.policy, self.lookup, self.beams, self.normalise = policy, lookup, beams, normalise
-        ranked = np.lexsort((index.leaf_items, -order_I[index.leaf_items], index.item_leaf()))
-        self._items_of_leaf = index.leaf_items[ranked].astype(np.int64)
-        self._leaf_offset = np.append(0, np.cumsum(index.leaf_count, dtype=np.int64))
-        self._pools: dict[str, Pool] = {}
+        self.lookup, self.beams, self.normalise = lookup, beams, normalise
+        self._serving = _Serving.of(policy, index, order_I)
+
+    @property
+    def policy(self) -> Policy:
+        return self._serving.policy
+
+    def swap(self, index: PrefixIndex, order_I: np.ndarray) -> None:
+        """Serve a new version of the catalogue from the next batch on; a batch that is under way ends on the old one. The weights stay the
+        same tensors. Raises CatalogueError when the SIDs have another shape."""
+        old = self._serving
+        if (index.levels, index.width) != (old.index.levels, old.index.width):
+            raise CatalogueError(
+                f"the model is built for SIDs of {old.index.levels} levels of {old.index.width} codes, "
+                f"the new catalogue has {index.levels} of {index.width}"
+            )
+        policy = copy.copy(old.policy)
+        policy._modules = policy._modules | {"tree": Tree(index).to(old.policy.tree.device)}
+        self._serving = _Serving.of(policy, index, order_I)
 
     def pool(self, name: str, allowed_I: np.ndarray) -> Pool | None:
-        """The named pool, kept for the next call; None where it is the whole catalogue."""
+        """The named pool (bool, an entry for each item), kept until the catalogue is swapped; None where it is the whole catalogue."""
         if allowed_I.all():
             return None
-        if name not in self._pools:
-            self._pools[name] = Pool.of_items(
-                self.policy.tree, torch.from_numpy(allowed_I).to(self.policy.tree.path_IL.device), f"the pool of {name}"
-            )
-        return self._pools[name]
+        serving = self._serving
+        if name not in serving.pools:
+            serving.pools[name] = Pool.of_items(serving.policy.tree, torch.from_numpy(allowed_I), f"the pool of {name}")
+        return serving.pools[name]
 
-    def generate(self, batch: Batch, items: int, pool: Pool | None = None, exclude: list[np.ndarray] | None = None) -> Generated:
-        """The best `items` items of each request. `exclude` lists item indices that a request must not get (what its user has already)."""
-        training = self.policy.training
-        self.policy.eval()
-        try:
-            beams = beam_search(self.policy, batch, self.lookup(batch.lookups()), self.beams, pool, self.normalise)
-        finally:
-            self.policy.train(training)
-        return self._resolve(beams, items, None if pool is None else pool.item_I.cpu().numpy(), exclude)
+    def listed(self, item_N: np.ndarray) -> Pool:
+        """An ad-hoc pool: these items. Raises GenerationError when none of them is in the catalogue."""
+        return Pool.of_items(self.policy.tree, torch.from_numpy(np.asarray(item_N, dtype=np.int64)), "the list of items")
 
-    def _resolve(self, beams: Beams, items: int, allowed_I: np.ndarray | None, exclude: list[np.ndarray] | None) -> Generated:
+    def generate(
+        self,
+        batch: Batch,
+        items: int,
+        pool: Pools = None,
+        exclude: Sequence[np.ndarray] | None = None,
+        cap: Cap | None = None,
+        per_root: int | None = None,
+    ) -> Generated:
+        """The best `items` items of each request.
+
+        `exclude` lists item indices that a request must not get (what its user has already, what is blocked): the beams go to others.
+        `cap` and `per_root` are for diversity: items of one category in a list, beams under one first code. A pool belongs to the version
+        of the catalogue that it was made for.
+        """
+        serving = self._serving
+        pools = _each(pool, batch.segments)
+        legal = Legal(serving.policy.tree, pools, exclude)
+        with self._started(serving.policy, batch) as steps:
+            beams = beam_search(steps, legal, self.beams, self.normalise, per_root)
         leaf_BK, logprob_BK = beams.leaf_BK.cpu().numpy(), beams.logprob_BK.float().cpu().numpy()
         item_BR = np.full((len(leaf_BK), items), -1, dtype=np.int64)
         score_BR = np.full((len(leaf_BK), items), -np.inf, dtype=np.float32)
-        for b, leaves in enumerate(leaf_BK):
-            real = leaves >= 0
-            first, last = self._leaf_offset[leaves[real]], self._leaf_offset[leaves[real] + 1]
-            found = (
-                np.concatenate([self._items_of_leaf[x:y] for x, y in zip(first, last, strict=True)])
-                if real.any()
-                else np.empty(0, np.int64)
-            )
-            score = np.repeat(logprob_BK[b][real], last - first)
-            keep = np.ones(len(found), dtype=bool) if allowed_I is None else allowed_I[found]
+        for b, leaf_K in enumerate(leaf_BK):
+            real = leaf_K >= 0
+            found, place = serving.below(leaf_K[real])
+            keep = np.ones(len(found), dtype=bool)
+            if (mine := pools[b]) is not None:
+                keep &= mine.has(found)
             if exclude is not None and len(exclude[b]):
                 keep &= ~np.isin(found, exclude[b])
-            found, score = found[keep], score[keep]
+            found, score = found[keep], logprob_BK[b][real][place[keep]]
+            if cap is not None:
+                keep = cap.keep(found)
+                found, score = found[keep], score[keep]
             size = min(items, len(found))
             item_BR[b, :size], score_BR[b, :size] = found[:size], score[:size]
-        return Generated(item_BR, score_BR, leaf_BK, logprob_BK)
+        return Generated(item_BR, score_BR, leaf_BK, logprob_BK, serving.index)
+
+    def sample(
+        self,
+        batch: Batch,
+        samples: int,
+        sampling: Sampling | None = None,
+        pool: Pools = None,
+        exclude: Sequence[np.ndarray] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Samples:
+        """`samples` SIDs drawn for each request, with the log-probability of each of their tokens (see `oxyray.generate.sample`)."""
+        policy = self._serving.policy
+        legal = Legal(policy.tree, _each(pool, batch.segments), exclude)
+        with self._started(policy, batch) as steps:
+            return sample(steps, legal, samples, sampling, generator)
+
+    @contextmanager
+    def _started(self, policy: Policy, batch: Batch) -> Iterator[PolicySteps]:
+        training = policy.training
+        policy.eval()
+        try:
+            yield PolicySteps(policy, batch, self.lookup(batch.lookups()))
+        finally:
+            policy.train(training)
+
+
+def _each(pool: Pools, requests: int) -> Sequence[Pool | None]:
+    return [pool] * requests if pool is None or isinstance(pool, Pool) else pool

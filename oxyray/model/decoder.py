@@ -43,11 +43,17 @@ class Memory:
 
 @dataclass
 class BeamState:
-    """Cached keys and values of one decoder layer: `cross` and `prompt` a request, `own` a beam (B, H, K, t, E)."""
+    """Cached keys and values of one decoder layer: `cross` and `prompt` a request, `own` a beam: a pair (B, H, K, E) for each generated
+    token."""
 
     cross: tuple[Tensor, Tensor]
     prompt: tuple[Tensor, Tensor]
-    own: tuple[Tensor, Tensor] | None
+    own: list[tuple[Tensor, Tensor]]
+
+    def follow(self, origin_BK: Tensor) -> None:
+        """Each beam takes over the tokens of the beam that it continues."""
+        index = origin_BK[:, None, :, None]
+        self.own = [(_gather(key, index), _gather(value, index)) for key, value in self.own]
 
 
 class DecoderLayer(nn.Module):
@@ -60,18 +66,22 @@ class DecoderLayer(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x_QTD: Tensor, memory: Memory) -> Tensor:
-        normed = self.norm_self(x_QTD)
-        key, value = self.self_attention.key_value(normed)
-        x_QTD = x_QTD + self.dropout(self.self_attention.mix(self.self_attention.query(normed), key, value, causal=True))
-        x_QTD = x_QTD + self.dropout(self._cross(self.norm_cross(x_QTD), memory))
-        return x_QTD + self.dropout(self.mlp(self.norm_mlp(x_QTD)))
+        return self.prefill(x_QTD, memory)[0]
 
-    def _cross(self, x_QTD: Tensor, memory: Memory) -> Tensor:
+    def prefill(self, x_QTD: Tensor, memory: Memory) -> tuple[Tensor, BeamState]:
+        """All tokens at once: (Q, T, D), and the keys and values that were made on the way."""
+        normed = self.norm_self(x_QTD)
+        own, cross = self.self_attention.key_value(normed), self.cross_key_value(memory)
+        x_QTD = x_QTD + self.dropout(self.self_attention.mix(self.self_attention.query(normed), *own, causal=True))
+        x_QTD = x_QTD + self.dropout(self._cross(self.norm_cross(x_QTD), memory, cross))
+        return x_QTD + self.dropout(self.mlp(self.norm_mlp(x_QTD))), BeamState(cross, own, [])
+
+    def _cross(self, x_QTD: Tensor, memory: Memory, key_value: tuple[Tensor, Tensor]) -> Tensor:
         (batch, places), steps = memory.query_BP.shape, x_QTD.shape[1]
         query = self.cross_attention.query(x_QTD[memory.query_BP.flatten()].view(batch, places * steps, -1))
         query = rotate(query, memory.position_BP.repeat_interleave(steps, dim=1))
         mask = memory.visible_BPS.repeat_interleave(steps, dim=1)[:, None]
-        mixed = self.cross_attention.mix(query, *self.cross_key_value(memory), mask)
+        mixed = self.cross_attention.mix(query, *key_value, mask)
         return mixed.view(batch, places, steps, -1)[memory.real_BP]
 
     def cross_key_value(self, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -83,17 +93,16 @@ class DecoderLayer(nn.Module):
         one's."""
         normed = self.norm_self(x_BKD)
         query_BHKE = self.self_attention.query(normed)
-        key, value = (part[:, :, :, None] for part in self.self_attention.key_value(normed))
-        if state.own is not None:
-            key, value = torch.cat([state.own[0], key], dim=3), torch.cat([state.own[1], value], dim=3)
-        state.own = (key, value)
+        state.own.append(self.self_attention.key_value(normed))
         shared = query_BHKE @ state.prompt[0].transpose(-1, -2)
-        own = torch.einsum("bhke,bhkte->bhkt", query_BHKE, key)
+        own = torch.stack([(query_BHKE * key).sum(-1) for key, _ in state.own], dim=-1)
         weight = torch.softmax(torch.cat([shared, own], dim=-1) / query_BHKE.shape[-1] ** 0.5, dim=-1)
-        split = shared.shape[-1]
-        mixed = weight[..., :split] @ state.prompt[1] + torch.einsum("bhkt,bhkte->bhke", weight[..., split:], value)
+        shared, own = weight.split([shared.shape[-1], len(state.own)], dim=-1)
+        mixed = shared @ state.prompt[1]
+        for place, (_, value) in enumerate(state.own):
+            mixed = torch.addcmul(mixed, own[..., place, None], value)
         x_BKD = x_BKD + self.self_attention.merge(mixed)
-        cross_query = rotate(self.cross_attention.query(self.norm_cross(x_BKD)), position_B1.expand(-1, x_BKD.shape[1]))
+        cross_query = rotate(self.cross_attention.query(self.norm_cross(x_BKD)), position_B1)  # all beams stand at one position
         mixed = F.scaled_dot_product_attention(cross_query, *state.cross, attn_mask=mask_BS[:, None, None])
         x_BKD = x_BKD + self.cross_attention.merge(mixed)
         return x_BKD + self.mlp(self.norm_mlp(x_BKD))
@@ -118,20 +127,18 @@ class Decoder(nn.Module):
         """Run the prompt of requests with one query each: the last token's hidden state (B, D) and the caches to `advance` from."""
         x, states = prompt_BTD, []
         for layer in self._layers():
-            prompt = layer.self_attention.key_value(layer.norm_self(x))
-            states.append(BeamState(layer.cross_key_value(memory), prompt, None))
-            x = layer(x, memory)
+            x, state = layer.prefill(x, memory)
+            states.append(state)
         return self.norm(x[:, -1]), states
 
     def advance(self, x_BKD: Tensor, states: list[BeamState], memory: Memory, origin_BK: Tensor | None) -> Tensor:
         """Feed one token to K beams that continue beams `origin_BK` of the last step: hidden states (B, K, D)."""
         for layer, state in zip(self._layers(), states, strict=True):
-            if state.own is not None and origin_BK is not None:
-                state.own = (_follow(state.own[0], origin_BK), _follow(state.own[1], origin_BK))
+            if origin_BK is not None:
+                state.follow(origin_BK)
             x_BKD = layer.step(x_BKD, state, memory.visible_BPS[:, 0], memory.position_BP[:, :1])
         return self.norm(x_BKD)
 
 
-def _follow(own_BHKTE: Tensor, origin_BK: Tensor) -> Tensor:
-    index = origin_BK[:, None, :, None, None].expand(-1, own_BHKTE.shape[1], -1, own_BHKTE.shape[3], own_BHKTE.shape[4])
-    return own_BHKTE.gather(2, index)
+def _gather(own_BHKE: Tensor, index_B1K1: Tensor) -> Tensor:
+    return own_BHKE.gather(2, index_B1K1.expand(-1, own_BHKE.shape[1], -1, own_BHKE.shape[3]))

@@ -47,7 +47,12 @@ class Tree(nn.Module):
                 return self._put(name, make())
         return self.get_buffer(name)
 
+    @property
+    def device(self) -> torch.device:
+        return self.get_buffer("leaf_count").device
+
     def nodes(self, level: int) -> int:
+        """n_l; of the last level, the number of distinct SIDs."""
         return len(self.get_buffer(f"compact_code{level}"))
 
     def code(self, level: int) -> Tensor:
@@ -64,6 +69,11 @@ class Tree(nn.Module):
             return torch.zeros_like(self.code(0))
         return self._kept(f"parent{level}", lambda: _counted(torch.diff(self.get_buffer(f"first_child{level - 1}").long())))
 
+    def parent_of(self, level: int, node_M: Tensor) -> Tensor:
+        """The same for a few nodes, of a level below the first."""
+        first = self.get_buffer(f"first_child{level - 1}")
+        return torch.searchsorted(first, node_M.to(first.dtype), right=True) - 1
+
     def children_of(self, level: int, node_M: Tensor) -> tuple[Tensor, Tensor]:
         """First child (a node of level + 1) and number of children of each node."""
         first = self.get_buffer(f"first_child{level}")
@@ -73,17 +83,18 @@ class Tree(nn.Module):
     def items_below(self, level: int, node_M: Tensor) -> tuple[Tensor, Tensor]:
         """Items below each node as pairs: state_T and item_T, in leaf order."""
         first = self._first_item(level)
-        state_T, place_T = spread(first[node_M], first[node_M + 1] - first[node_M])
+        first_M = first[node_M].long()
+        state_T, place_T = spread(first_M, first[node_M + 1] - first_M)
         return state_T, self.get_buffer("compact_items")[place_T].long()
 
     def leaf_of_item(self) -> Tensor:
-        """The leaf of every item of the catalogue; -1 for an item index that has none: (I,)."""
+        """The leaf of every item of the catalogue, int32; -1 for an item index that has none: (I,)."""
 
         def make() -> Tensor:
             item_I = self.get_buffer("compact_items").long()
-            return torch.full((int(item_I.max()) + 1,), -1, device=item_I.device).index_put(
-                (item_I,), _counted(self.get_buffer("leaf_count").long())
-            )
+            leaf_I = torch.full((int(item_I.max()) + 1,), -1, dtype=torch.int32, device=item_I.device)
+            leaf_I[item_I] = _counted(self.get_buffer("leaf_count").long()).int()
+            return leaf_I
 
         return self._kept("leaf_of_item_I", make)
 
@@ -92,7 +103,7 @@ class Tree(nn.Module):
         """The nodes above every item, level by level; zeros for an item index that has none: (I, L)."""
 
         def make() -> Tensor:
-            path = [self.leaf_of_item().clamp(min=0)]
+            path = [self.leaf_of_item().long().clamp(min=0)]
             for level in reversed(range(1, self.levels)):
                 path.append(self.parent(level)[path[-1]])
             return torch.stack(path[::-1], dim=1) * (self.leaf_of_item() >= 0)[:, None]
@@ -100,12 +111,12 @@ class Tree(nn.Module):
         return self._kept("item_path_IL", make)
 
     def _first_item(self, level: int) -> Tensor:
-        """Where the items below each node start among all items, with the end behind the last: (n_l + 1,)."""
+        """Where the items below each node start among all items, with the end behind the last: (n_l + 1,), int32."""
 
         def make() -> Tensor:
             if level + 1 < self.levels:  # the first item of a node is that of its first child
                 return self._first_item(level + 1)[self.get_buffer(f"first_child{level}").long()]
-            return F.pad(torch.cumsum(self.get_buffer("leaf_count").long(), 0), (1, 0))
+            return F.pad(torch.cumsum(self.get_buffer("leaf_count"), 0, dtype=torch.int32), (1, 0))
 
         return self._kept(f"first_item{level}", make)
 

@@ -1,0 +1,62 @@
+"""What generation needs from a model: the states that score the next level, the vectors that they are scored with, one step forward.
+
+`PolicySteps` is the policy in this form. Any other decoder over SIDs can take its place.
+
+Legend: B requests, K beams, n_l nodes of level l, V codes, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from oxyray.data.batch import Batch
+from oxyray.model.head import Tree
+from oxyray.model.layers import Tensor
+from oxyray.model.policy import Policy, Rows
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Output vectors of a level: of its codes, (V, D), or of its nodes, (n_l, D). Only the first give probabilities over the whole
+    vocabulary."""
+
+    vector_nD: Tensor
+    by_code: bool
+
+
+class Steps(Protocol):
+    """A decoder in the middle of B requests. At first K is 1, and `hidden_BKD` scores the first level."""
+
+    @property
+    def tree(self) -> Tree: ...
+
+    @property
+    def hidden_BKD(self) -> Tensor: ...
+
+    def outputs(self, level: int) -> Outputs: ...
+
+    def advance(self, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
+        """Feed the chosen node of `level` to each beam, which continues beam `origin_BK` of the step before (None at the first)."""
+
+
+class PolicySteps:
+    """The policy, started on a batch of requests (one query a segment)."""
+
+    def __init__(self, policy: Policy, batch: Batch, rows: Rows) -> None:
+        self.policy, self.tree = policy, policy.tree
+        with torch.profiler.record_function("generate/start"):
+            self._decoding = policy.start(batch, rows)
+
+    @property
+    def hidden_BKD(self) -> Tensor:
+        return self._decoding.hidden_BKD
+
+    def outputs(self, level: int) -> Outputs:
+        head = self.policy.head
+        return Outputs(self._decoding.vectors[level], False) if head.tied else Outputs(head.own[level], True)
+
+    def advance(self, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
+        self.policy.advance(self._decoding, level, node_BK, origin_BK)
