@@ -8,12 +8,12 @@ anybody, so later requests learn nothing of it.
 The one rule about time: a page knows those pages of its user that were over when it began. Pages of exposures with the same time do not
 know each other: a log writes the pages of one visit together, and their order there may tell which of them was clicked.
 
-Legend: R pages (requests), C items on all pages, B stretches, J candidates of a request, U items of a batch, I items of the catalogue.
+Legend: R pages (requests), C items on all pages, B stretches, J candidates of a request, U items of a batch, I items of the catalogue, W
+distinct queries, F width of a text vector.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from oxyray.data.order import by_time, run_starts
 from oxyray.data.prepared import Prepared
 from oxyray.data.requests import timeline
 from oxyray.data.stream import ItemFeatures
-from oxyray.data.tables import Ids
+from oxyray.data.tables import Ids, distinct
 from oxyray.errors import DataError
 
 Array = np.ndarray
@@ -39,7 +39,9 @@ Array = np.ndarray
 class Pages:
     """Pages by (user, `over_R`): when they were asked for, and when they were over. `first_R` is the row of the user's first page,
     `visible_R` how many of the user's pages from there on it knows. `done_C` is what was done with an item: 0 nothing, else 1 + the number
-    of its strongest action. `seen_C` is False for drawn negatives. `left_out` counts items of the log that the catalogue does not know."""
+    of its strongest action. `seen_C` is False for drawn negatives. `query_R` (-1: none) points into the distinct `queries`; their vectors
+    in the shared text space, `query_WF`, are set by whoever has an encoder. `left_out` counts items of the log that the catalogue does not
+    know."""
 
     user_R: Array
     time_R: Array
@@ -53,6 +55,9 @@ class Pages:
     item_C: Array
     done_C: Array
     seen_C: Array
+    query_R: Array
+    queries: tuple[str, ...] = ()
+    query_WF: Array | None = None
     left_out: int = 0
 
     def __len__(self) -> int:
@@ -92,6 +97,7 @@ def exposed_pages(prepared: Prepared, file: Path) -> Pages:
     place_C = np.flatnonzero(keep_C)[ranges(start_R, size_R[order_R])]
     user_R, time_R = user_R[order_R], time_R[order_R]
     first_R = _run_start(run_starts(user_R))
+    queries, query_R = _numbered(table["query"] if "query" in table.column_names else pa.nulls(len(size_R), pa.string()))
     return Pages(
         user_R=user_R,
         time_R=time_R,
@@ -105,6 +111,8 @@ def exposed_pages(prepared: Prepared, file: Path) -> Pages:
         item_C=item_C[place_C],
         done_C=done_C[place_C],
         seen_C=np.ones(len(place_C), bool),
+        query_R=query_R[order_R],
+        queries=queries,
         left_out=int((~keep_C).sum()),
     )
 
@@ -130,10 +138,12 @@ def sampled_pages(events: dict[str, Array], pool_SI: Array, *, negatives: int, s
     drawn_C = np.setdiff1d(drawn_C, taken_C)
     page_C, item_C = np.divmod(np.concatenate([taken_C, drawn_C]), items)
     order_C = np.argsort(page_C, kind="stable")
+    over_R, event_R = _requests(events, user_R, time.request_E[start_R])
+    queries, query_R = _numbered(pa.array(events["query"][event_R] if "query" in events else [None] * len(start_R), pa.string()))
     return Pages(
         user_R=user_R,
         time_R=time.asked_E[start_R],
-        over_R=_over(events, user_R, time.request_E[start_R]),
+        over_R=over_R,
         scenario_R=scenario_R,
         trigger_R=time.trigger_E[start_R].astype(np.int64),
         split_R=np.maximum.reduceat(time.split_E, start_R),  # a request that holds a test event is a test request
@@ -143,6 +153,8 @@ def sampled_pages(events: dict[str, Array], pool_SI: Array, *, negatives: int, s
         item_C=item_C[order_C],
         done_C=np.append(1 + time.action_E.astype(np.int64), np.zeros(len(drawn_C), np.int64))[order_C],
         seen_C=np.append(np.ones(len(taken_C), bool), np.zeros(len(drawn_C), bool))[order_C],
+        query_R=query_R,
+        queries=queries,
     )
 
 
@@ -180,7 +192,7 @@ def stretches(pages: Pages, most: int, splits: tuple[int, ...] = (0,)) -> Stretc
 class RankBatch:
     """Packed samples. `items` holds the batch's distinct items, and `item_C` and `trigger_R` (-1: none) point into it. `visible_R` counts
     the pages of its own sample that a page knows. Pages of a sample lie at `page_offset`, items of a page at `item_offset`; both are
-    cumulative with a leading 0. Only `asked_R` pages are scored."""
+    cumulative with a leading 0. Only `asked_R` pages are scored. `query_RF` is zero where there is no query, None without text vectors."""
 
     items: ItemBlock
     user_B: Tensor
@@ -195,13 +207,14 @@ class RankBatch:
     item_C: Tensor
     done_C: Tensor
     seen_C: Tensor
+    query_RF: Tensor | None
 
     def lookups(self) -> dict[str, Tensor]:
         """Rows that `ranker(batch, rows)` needs, by table, in the order it expects them."""
         return {"item": self.items.ids_U, "user": self.user_B}
 
     def to(self, device: torch.device | str) -> RankBatch:
-        moved: dict[str, Any] = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in vars(self).items()}
         return RankBatch(**moved)
 
     def page_C(self) -> Tensor:
@@ -229,10 +242,19 @@ class Packer:
         return self._batch(pages, row_R, length_B, visible_R, row_R >= np.repeat(taken.asked_B, length_B))
 
     def requests(
-        self, log: Pages, most: int, *, user_B: Array, time_B: Array, scenario_B: Array, trigger_B: Array, item_BJ: Array
+        self,
+        log: Pages,
+        most: int,
+        *,
+        user_B: Array,
+        time_B: Array,
+        scenario_B: Array,
+        trigger_B: Array,
+        item_BJ: Array,
+        query_BF: Array | None = None,
     ) -> RankBatch:
         """New requests with candidates `item_BJ` (-1: none), each behind its user's latest `most - 1` pages that were over by then. Scores
-        come in the order of `item_BJ[item_BJ >= 0]`."""
+        come in the order of `item_BJ[item_BJ >= 0]`. A row of `query_BF` is NaN where there is no query."""
         first_B, end_B = np.searchsorted(log.user_R, user_B), np.searchsorted(log.user_R, user_B, side="right")
         # Over before, not at that time: a request that is asked again at its own logged time must not know its own page.
         known_B = np.array([a + np.searchsorted(log.over_R[a:b], t) for a, b, t in zip(first_B, end_B, time_B, strict=True)], np.int64)
@@ -241,6 +263,10 @@ class Packer:
         place_C = ranges(log.offset_R1[row_R], np.diff(log.offset_R1)[row_R])
         size_B = (item_BJ >= 0).sum(1)
         zero_C = np.zeros(size_B.sum(), np.int64)
+        query_WF, words_RF = None, self._queries(log, row_R)
+        if words_RF is not None:
+            words_BF = np.zeros((len(user_B), words_RF.shape[1])) if query_BF is None else np.nan_to_num(query_BF)
+            query_WF = np.concatenate([words_RF.numpy(), words_BF])
         both = Pages(
             user_R=np.append(log.user_R[row_R], user_B),
             time_R=np.append(log.time_R[row_R], time_B),
@@ -254,6 +280,8 @@ class Packer:
             item_C=np.append(log.item_C[place_C], item_BJ[item_BJ >= 0]),
             done_C=np.append(log.done_C[place_C], zero_C),
             seen_C=np.append(log.seen_C[place_C], zero_C.astype(bool)),
+            query_R=np.arange(len(row_R) + len(user_B)),
+            query_WF=query_WF,
         )
         asked_R = np.zeros(len(row_R) + len(user_B), bool)
         asked_R[np.cumsum(count_B + 1) - 1] = True
@@ -262,6 +290,16 @@ class Packer:
         visible_R = count_B.repeat(count_B + 1)
         visible_R[~asked_R] = self._visible(log, row_R, np.repeat(known_B - count_B, count_B))
         return self._batch(both, row_of_both, count_B + 1, visible_R, asked_R)
+
+    def _queries(self, pages: Pages, row_R: Array) -> Tensor | None:
+        """Vectors of the pages' queries, zero where there is none."""
+        if self.features.text_IF is None:
+            return None
+        query_RF = self.features.text_IF.new_zeros(len(row_R), self.features.text_IF.shape[1])
+        if pages.query_WF is not None:
+            query_R = pages.query_R[row_R]
+            query_RF[torch.from_numpy(query_R >= 0)] = torch.from_numpy(pages.query_WF[query_R[query_R >= 0]]).to(query_RF)
+        return query_RF
 
     @staticmethod
     def _visible(pages: Pages, row_R: Array, start_R: Array) -> Array:
@@ -289,16 +327,24 @@ class Packer:
             item_C=_long(np.searchsorted(used_U, item_C)),
             done_C=_long(pages.done_C[place_C]),
             seen_C=torch.from_numpy(pages.seen_C[place_C]),
+            query_RF=self._queries(pages, row_R),
         )
 
 
-def _over(events: dict[str, Array], user_R: Array, request_R: Array) -> Array:
-    """When each request was over: the time of its last event."""
+def _requests(events: dict[str, Array], user_R: Array, request_R: Array) -> tuple[Array, Array]:
+    """When each request was over, which is the time of its last event; and the row of an event of it."""
     span = 1 + int(events["request"].max(initial=0))
-    key_K, of_E = np.unique(events["user"].astype(np.int64) * span + events["request"], return_inverse=True)
+    key_K, row_K, of_E = np.unique(events["user"].astype(np.int64) * span + events["request"], return_index=True, return_inverse=True)
     over_K = np.zeros(len(key_K), np.int64)
     np.maximum.at(over_K, of_E, events["time"])
-    return over_K[np.searchsorted(key_K, user_R * span + request_R)]
+    at_R = np.searchsorted(key_K, user_R * span + request_R)
+    return over_K[at_R], row_K[at_R]
+
+
+def _numbered(query: pa.ChunkedArray | pa.Array) -> tuple[tuple[str, ...], Array]:
+    """The distinct queries, and for each row which one it has (-1: none)."""
+    queries, query_R = distinct(query)
+    return tuple(queries), np.where(query_R < len(queries), query_R, -1)
 
 
 def ranges(start_B: Array, length_B: Array) -> Array:

@@ -131,6 +131,8 @@ class Ranker(nn.Module):
         self.profile_base = nn.Parameter(torch.randn(D) * 0.05)
         self.scenario, self.action = nn.Embedding(vocab.scenarios, D), nn.Embedding(1 + vocab.actions, D)
         self.clock = Clock(D) if vocab.clock else None
+        self.query = nn.Linear(vocab.text, D, bias=False) if self.items.text is not None else None
+        self.match = nn.Parameter(torch.zeros(D)) if self.items.text is not None else None
         self.taken, self.passed = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
         self.no_trigger = nn.Parameter(torch.randn(D) * 0.02)
         self.input_norm, self.norm = RMSNorm(D), RMSNorm(D)
@@ -156,6 +158,7 @@ class Ranker(nn.Module):
         page_Q = batch.page_C()[asked_C]
         place_R = torch.cumsum(batch.asked_R, 0) - 1
         x_QD = self.dropout(self.fusion(user_AV, item_UD, place_R[page_Q], batch.item_C[asked_C]))
+        x_QD = x_QD + self._match(batch, page_Q, batch.item_C[asked_C])
         count_B = torch.bincount(batch.sample_R()[page_Q], minlength=len(batch.user_B))
         index_BT, real_BT = pad_index(F.pad(torch.cumsum(count_B, 0), (1, 0)))
         visible_BT = torch.where(real_BT, batch.visible_R[page_Q][index_BT], 0)
@@ -186,11 +189,20 @@ class Ranker(nn.Module):
             self.train(training)
 
     def _context(self, batch: RankBatch) -> Tensor:
-        """Where and when a page was asked for: (R, D)."""
+        """Where, when and with which words a page was asked for: (R, D)."""
         context_RD = self.scenario(batch.scenario_R)
         if self.clock is not None:
             context_RD = context_RD + self.clock(batch.time_R, batch.time_R - self._last_time(batch))
+        if self.query is not None:
+            context_RD = context_RD + self.query(batch.query_RF)
         return context_RD
+
+    def _match(self, batch: RankBatch, page_Q: Tensor, item_Q: Tensor) -> Tensor:
+        """How near an item is to its page's query in the shared text space, as a vector (Q, D); 0 without either."""
+        if self.match is None or batch.query_RF is None or batch.items.text_UF is None:
+            return self.heads.weight.new_zeros(())
+        query_RF, text_UF = F.normalize(batch.query_RF, dim=-1), F.normalize(batch.items.text_UF, dim=-1)
+        return (query_RF[page_Q] * text_UF[item_Q]).sum(-1, keepdim=True) * self.match
 
     def _last_time(self, batch: RankBatch) -> Tensor:
         """Time of the last page that each page knows; its own where it knows none."""

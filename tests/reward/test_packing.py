@@ -63,7 +63,10 @@ def test_exposures_are_ordered_numbered_and_split(prepared: Prepared, tmp_path: 
     assert found.visible_R.tolist() == [0, 0, 2, 3, 0]
     assert found.split_R.tolist() == [0, 0, 0, 2, 0]
     assert found.trigger_R.tolist() == [-1, -1, -1, -1, names.index("i0")]
-    assert (found.left_out, found.seen_C.all()) == (5, True)
+    assert (found.left_out, found.seen_C.all(), found.queries) == (5, True, ())
+    rows[0]["query"], rows[3]["query"] = "pans", "pots"
+    found = read(prepared, tmp_path, rows)
+    assert [found.queries[q] if q >= 0 else None for q in found.query_R] == [None, "pots", None, None, "pans"]
 
 
 def test_exposures_that_cannot_be_used(prepared: Prepared, tmp_path: Path):
@@ -99,16 +102,17 @@ def events(draw: st.DrawFn) -> dict[str, np.ndarray]:
     """Random events whose requests overlap in time, as `Prepared.events` gives them."""
     count = draw(st.integers(1, 30))
     random = np.random.default_rng(draw(st.integers(0, 10**6)))
-    user = np.sort(random.integers(0, 3, count))
+    user, asked = np.sort(random.integers(0, 3, count)), random.integers(0, 6, count)
     return {
         "user": user,
         "item": random.integers(0, 9, count),
         "time": random.integers(0, 12, count),
         "action": random.integers(0, 3, count),
         "scenario": np.zeros(count, int),
-        "request": user * 10 + random.integers(0, 6, count),
+        "request": user * 10 + asked,
         "trigger": random.integers(-1, 9, count),
         "split": random.integers(0, 3, count),
+        "query": np.where(asked > 2, asked.astype(str).astype(object), None),
     }
 
 
@@ -118,7 +122,7 @@ def test_pages_of_events(columns: dict[str, np.ndarray], negatives: int):
     pool_SI = np.arange(9)[None] < 7
     found = sampled_pages(columns, pool_SI, negatives=negatives, seed=5)
     again = sampled_pages(columns, pool_SI, negatives=negatives, seed=5)
-    assert all(np.array_equal(a, b) for a, b in zip(vars(found).values(), vars(again).values(), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(vars(found).values(), vars(again).values(), strict=True) if a is not None)
     rows_of = {r: np.flatnonzero(columns["request"] == r) for r in np.unique(columns["request"])}
     assert len(found) == len(rows_of)
     span = {r: (columns["time"][rows].min(), columns["time"][rows].max()) for r, rows in rows_of.items()}
@@ -134,6 +138,7 @@ def test_pages_of_events(columns: dict[str, np.ndarray], negatives: int):
             and span[r] == (found.time_R[n], found.over_R[n])
             and {(i, 1 + a) for i, a in zip(columns["item"][rows], columns["action"][rows], strict=True)} == taken
             and r not in page_of.values()
+            and (found.queries[found.query_R[n]] if found.query_R[n] >= 0 else None) == columns["query"][rows[0]]
         ]
         assert match, "a page is a request"
         page_of[n] = match[0]

@@ -25,8 +25,8 @@ def known_pages(toy: Toy, taken: Stretches) -> list[list[int]]:
     return [[k for k in range(len(row_R)) if sample_R[k] == sample_R[r] and time_R[k] < time_R[r]] for r in range(len(row_R))]
 
 
-def captured(toy: Toy, batch: RankBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores of the batch, and what they were made from: item rows (U), labels (C), pages' contexts (R)."""
+def captured(toy: Toy, batch: RankBatch) -> tuple[Tensor, ...]:
+    """Scores of the batch, and what they were made from: item rows (U), labels (C), pages' contexts (R) and queries (R)."""
     kept: dict[str, Tensor] = {}
 
     def keep(name: str):
@@ -39,10 +39,12 @@ def captured(toy: Toy, batch: RankBatch) -> tuple[Tensor, Tensor, Tensor, Tensor
     rows = toy.rows(batch)
     rows["item"].requires_grad_()
     hooks = [getattr(toy.ranker, name).register_forward_hook(keep(name)) for name in ("action", "scenario")]
+    assert batch.query_RF is not None
+    batch.query_RF.requires_grad_()
     logit_QH = toy.ranker(batch, rows)
     for hook in hooks:
         hook.remove()
-    return logit_QH, rows["item"], kept["action"], kept["scenario"]
+    return logit_QH, rows["item"], kept["action"], kept["scenario"], batch.query_RF
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -52,16 +54,17 @@ def test_no_score_depends_on_its_own_labels_or_on_anything_later(seed: int, most
     taken = stretches(toy.log, most)
     batch = toy.packer.pack(toy.log, taken)
     known, page_C = known_pages(toy, taken), batch.page_C()
-    logit_QH, item_U, label_C, context_R = captured(toy, batch)
+    logit_QH, item_U, label_C, *pages_R = captured(toy, batch)
     asked = torch.nonzero(batch.asked_R[page_C])[:, 0].tolist()
     assert len(asked) == len(logit_QH)
     for q, c in enumerate(asked):
         r = int(page_C[c])
         past_C = torch.isin(page_C, torch.tensor(known[r], dtype=torch.long))
-        slopes = torch.autograd.grad(logit_QH[q].sum(), (item_U, label_C, context_R), retain_graph=True)
-        depends_U, depends_C, depends_R = ((slope.abs().sum(1) > 0).tolist() for slope in slopes)
+        slopes = torch.autograd.grad(logit_QH[q].sum(), (item_U, label_C, *pages_R), retain_graph=True)
+        depends_U, depends_C, *depends_on_pages = ((slope.abs().sum(1) > 0).tolist() for slope in slopes)
         assert depends_C == (past_C & (batch.done_C > 0)).tolist()
-        assert [k for k, depends in enumerate(depends_R) if depends] == sorted([*known[r], r])
+        for depends_R in depends_on_pages:
+            assert [k for k, depends in enumerate(depends_R) if depends] == sorted([*known[r], r])
         told_C = past_C & (batch.seen_C | (batch.done_C > 0))
         items = {int(batch.item_C[c]), *batch.item_C[told_C].tolist(), *([int(batch.trigger_R[r])] if batch.trigger_R[r] >= 0 else [])}
         assert {u for u, depends in enumerate(depends_U) if depends} == items
@@ -72,6 +75,7 @@ def test_changing_own_labels_and_all_that_is_later_changes_no_score(seed: int):
     toy = Toy(seed)
     taken = stretches(toy.log, 100)
     batch = toy.packer.pack(toy.log, taken)
+    assert batch.query_RF is not None
     want, page_C = toy.ranker.chances(batch, toy.rows(batch)), batch.page_C()
     for r, known in enumerate(known_pages(toy, taken)):
         hidden_C = ~torch.isin(page_C, torch.tensor(known, dtype=torch.long))
@@ -84,6 +88,7 @@ def test_changing_own_labels_and_all_that_is_later_changes_no_score(seed: int):
             item_C=torch.where(hidden_C & (page_C != r), 0, batch.item_C),
             scenario_R=torch.where(hidden_R, (batch.scenario_R + 1) % 3, batch.scenario_R),
             time_R=torch.where(hidden_R, batch.time_R + 10**6, batch.time_R),
+            query_RF=torch.where(hidden_R[:, None], 1.0, batch.query_RF),
         )
         found = toy.ranker.chances(changed, toy.rows(changed))
         assert torch.equal(found[page_C == r], want[page_C == r])
@@ -97,7 +102,16 @@ def test_a_score_is_the_same_on_its_page_among_many_and_alone(clock: bool):
     batch = toy.packer.pack(toy.log, taken)
     want, page_C = toy.ranker.chances(batch, toy.rows(batch)), batch.page_C()
     row = np.arange(len(toy.log))
-    facts = {"user_B": toy.log.user_R, "time_B": toy.log.time_R, "scenario_B": toy.log.scenario_R, "trigger_B": toy.log.trigger_R}
+    words = toy.log.query_WF
+    assert words is not None
+    query_BF = np.where((toy.log.query_R >= 0)[:, None], words[toy.log.query_R], np.nan)
+    facts = {
+        "query_BF": query_BF,
+        "user_B": toy.log.user_R,
+        "time_B": toy.log.time_R,
+        "scenario_B": toy.log.scenario_R,
+        "trigger_B": toy.log.trigger_R,
+    }
     many_BJ = np.random.default_rng(0).integers(0, 40, (len(row), 9))
     many_BJ[:, 4] = toy.log.item_C[toy.log.offset_R1[:-1]]
     many_BJ[:3, 0] = -1

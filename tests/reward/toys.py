@@ -36,6 +36,8 @@ def random_pages(seed: int = 0, users: int = 4, pages: int = 22, most: int = 4) 
         item_C=random.permutation(count),
         done_C=random.integers(0, 4, count),
         seen_C=random.random(count) < 0.8,
+        query_R=random.integers(-1, 5, pages),
+        query_WF=random.normal(size=(5, 3)),
     )
 
 
