@@ -17,52 +17,16 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from oxyray.config import ObjectiveConfig
 from oxyray.errors import ConfigError
 
 Tensor = torch.Tensor
-Name = Literal["sa_gcpo", "grpo", "gspo", "ecpo", "gbpo", "dapo"]
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _MOST_LOG_RATIO = 20.0  # e^20 is beyond any trust region; its exponential would overflow float32 a little later
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """How the policy learns from rewards.
-
-    name: sa_gcpo, grpo, gspo, ecpo, gbpo or dapo
-    tau_positive: SA-GCPO's temperature of candidates at least as good as the user's real choice
-    tau_negative: its temperature of the others; higher lets their gradients fade sooner
-    clip: how far a ratio may leave 1 (grpo, gspo, ecpo, dapo)
-    clip_high: how far it may rise (dapo)
-    early: ECPO's delta, beyond clip
-    epsilon: added to a group's standard deviation; a smaller deviation is none
-    kl: weight of the divergence from the reference policy; 0 turns it off
-    target_joins: the user's real choice is one more candidate of its group
-    """
-
-    name: Name = "sa_gcpo"
-    tau_positive: float = 1.0
-    tau_negative: float = 1.0
-    clip: float = 0.2
-    clip_high: float = 0.28
-    early: float = 0.1
-    epsilon: float = 1e-6
-    kl: float = 0.0
-    target_joins: bool = True
-
-    def __post_init__(self) -> None:
-        for key in ("tau_positive", "tau_negative", "clip_high", "epsilon"):
-            if not getattr(self, key) > 0:
-                raise ConfigError(f"align.objective.{key}: must be positive, got {getattr(self, key)}")
-        if not 0 < self.clip < 1:
-            raise ConfigError(f"align.objective.clip: must lie in (0, 1), got {self.clip}")
-        for key in ("early", "kl"):
-            if not getattr(self, key) >= 0:
-                raise ConfigError(f"align.objective.{key}: must be 0 or more, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,4 +259,4 @@ def _append(value_BG: Tensor, last_B: Tensor) -> Tensor:
     return torch.cat([value_BG, last_B[:, None]], dim=1)
 
 
-__all__ = ["OBJECTIVES", "QUANTILES", "Group", "ObjectiveConfig", "PolicyLoss", "Surrogate", "Target", "Terms", "advantages", "policy_loss"]
+__all__ = ["OBJECTIVES", "QUANTILES", "Group", "PolicyLoss", "Surrogate", "Target", "Terms", "advantages", "policy_loss"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from oxyray.config.align import AlignConfig, ObjectiveConfig
 from oxyray.config.cluster import ClusterConfig, TrackingConfig
 from oxyray.config.data import DataConfig, MallConfig, SidConfig
 from oxyray.config.evaluate import EvaluateConfig, RecommendConfig, SasrecConfig
@@ -58,6 +59,7 @@ class Config:
 
 
 __all__ = [
+    "AlignConfig",
     "ClusterConfig",
     "Config",
     "DataConfig",
@@ -65,6 +67,7 @@ __all__ = [
     "GenerateConfig",
     "MallConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimConfig",
     "RecommendConfig",
     "SasrecConfig",

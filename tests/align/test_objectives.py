@@ -8,7 +8,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from oxyray.align.objectives import OBJECTIVES, Group, ObjectiveConfig, PolicyLoss, Target, advantages, policy_loss
+from oxyray.align.objectives import OBJECTIVES, Group, PolicyLoss, Target, advantages, policy_loss
+from oxyray.config import ObjectiveConfig
 from oxyray.errors import ConfigError
 
 Tensor = torch.Tensor

@@ -1,0 +1,119 @@
+"""The generating side of the loop, without Ray: requests in, candidates with their log-probabilities out (paper 2.4.1, 3.1.3).
+
+A rollout holds a copy of the dense weights and maps the published tables; both say which version they are of, and candidates are only made
+when they agree.
+
+Legend: B requests, G candidates of a request, L SID levels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from oxyray.align.requests import Requests
+from oxyray.cluster.publish import TableReader
+from oxyray.config import AlignConfig, Config
+from oxyray.data.batch import Batch
+from oxyray.errors import GenerationError
+from oxyray.generate.beam import beam_search
+from oxyray.generate.pools import Legal, Pool
+from oxyray.generate.sample import Sampling, sample
+from oxyray.generate.steps import PolicySteps
+from oxyray.model.inputs import Inputs
+from oxyray.model.policy import Rows
+from oxyray.run import Run
+
+Array = np.ndarray
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rolled:
+    """Candidates of one piece of a step: leaves of the prefix index (-1: none), each token's log-probability under the mask and temperature
+    that generated it, and that of the item really taken."""
+
+    step: int
+    piece: int
+    version: int
+    leaf_BG: Array
+    behaviour_BGL: Array
+    target_behaviour_BL: Array
+    seconds: float
+
+
+class Pools:
+    """The rules of a batch from its scenarios."""
+
+    def __init__(self, inputs: Inputs, tree: torch.nn.Module) -> None:
+        self._tree, scenarios = tree, inputs.prepared.meta.scenarios
+        masks = [inputs.prepared.pools[name] for name in scenarios]
+        self._pools = [None if mask.all() else Pool.of_items(tree, torch.from_numpy(mask), f"the pool of {name}")  # type: ignore[arg-type]
+                       for name, mask in zip(scenarios, masks, strict=True)]  # fmt: skip
+
+    def legal(self, batch: Batch) -> Legal:
+        return Legal(self._tree, [self._pools[scenario] for scenario in batch.scenario_Q.tolist()])  # type: ignore[arg-type]
+
+
+class Rollout:
+    def __init__(self, config: Config, settings: AlignConfig, folder: Path) -> None:
+        """`folder` is where the learners publish their tables."""
+        self.settings = settings
+        self.inputs = Inputs.load(Run(config.run_dir))
+        self.policy = self.inputs.policy(replace(config.model, dropout=0.0)).eval()
+        self.requests = Requests(self.inputs, config.model, settings)
+        self.pools = Pools(self.inputs, self.policy.tree)
+        self._folder, self._readers = folder, dict[str, TableReader]()
+        self.version = -1
+
+    def load(self, version: int, weights: Mapping[str, Array]) -> int:
+        """Take over the dense weights of a version; gives it back."""
+        self.policy.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()}, strict=False)
+        self.version = version
+        return version
+
+    @torch.no_grad()
+    def generate(self, step: int, piece: int) -> Rolled:
+        """Raises GenerationError when the published tables are of another version than the weights."""
+        begun = time.perf_counter()
+        batch = self.requests.at(step)[piece]
+        rows, legal, settings = self._rows(batch), self.pools.legal(batch), self.settings
+        torch.manual_seed(hash((settings.seed, step, piece)) % 2**63)
+        if settings.candidates == "beam":
+            leaf_BG = beam_search(PolicySteps(self.policy, batch, rows), legal, settings.group).leaf_BK
+        else:
+            sampling = Sampling(temperature=settings.temperature, replacement=settings.candidates == "sample")
+            leaf_BG = sample(PolicySteps(self.policy, batch, rows), legal, settings.group, sampling).leaf_BG
+        target_B = self.policy.tree.leaf_of_item()[batch.items.ids_U[batch.target_Q]].long()
+        path_BJL = paths(self.inputs, torch.cat([leaf_BG, target_B[:, None]], dim=1))
+        behaviour_BJL = self.policy.logprob(batch, rows, path_BJL, legal, settings.temperature).numpy()
+        return Rolled(
+            step=step, piece=piece, version=self.version, leaf_BG=leaf_BG.int().numpy(), behaviour_BGL=behaviour_BJL[:, :-1],
+            target_behaviour_BL=behaviour_BJL[:, -1], seconds=time.perf_counter() - begun,
+        )  # fmt: skip
+
+    def _rows(self, batch: Batch) -> Rows:
+        found = {}
+        for name, ids in batch.lookups().items():
+            if name == "user" and self.policy.user is None:
+                continue
+            if name not in self._readers:
+                self._readers[name] = TableReader(self._folder, name)
+            rows, version = self._readers[name].read(ids.clamp(min=0).numpy())
+            if version != self.version:
+                raise GenerationError(
+                    f"table {name} is of version {version}, the weights are of {self.version}: publish both before generating"
+                )
+            found[name] = torch.from_numpy(rows)
+        return found
+
+
+def paths(inputs: Inputs, leaf_BJ: Tensor) -> Tensor:
+    """Nodes of the index on the way to each leaf, -1 where there is none: (B, J, L)."""
+    path_BJL = torch.from_numpy(inputs.catalog.index.node_path(leaf_BJ.clamp(min=0).flatten().numpy()).astype(np.int64))
+    return torch.where((leaf_BJ >= 0)[..., None], path_BJL.view(*leaf_BJ.shape, -1), -1)
