@@ -10,12 +10,12 @@ cart and bought. It is the reward service of the RL loop.
   group and R* can be compared, and the order and number of candidates change nothing. What the list has in common (user, past, context)
   is computed once for it.
 - *Adaptive*: user state and context gate the item's features (a gated fusion), so one feature weighs differently by scenario.
-- *MaRI*: the fusion's product `W [u; x]` is computed as `W_u u + W_x x`, the first once a page, the second once a distinct item.
+- *MaRI*: the fusion's product `W [u; x]` is computed as `W_u u + W_x x`, the first once a page, the second once an item.
 - *Funnel*: heads give click, cart given click, purchase given cart. Their likelihood is that of the strongest action, so each head learns
   from those who came that far, and the probabilities that are returned never grow along the funnel.
 
 Legend: B samples, R pages, A asked pages, C items of all pages, Q items of asked pages, S slots of the past (0 the profile, then pages), T
-items of a sample's asked pages (padded), U items of the batch, D width, H heads of the funnel.
+items of a sample's asked pages (padded), U items of the batch, D width, E of the fusion, H heads of the funnel.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ class Fusion(nn.Module):
 
     def forward(self, user_AV: Tensor, item_UD: Tensor, page_Q: Tensor, item_Q: Tensor) -> Tensor:
         """Item `item_Q` on asked page `page_Q`: (Q, D)."""
-        gate, value = (self.of_user(user_AV)[page_Q] + self.of_item(item_UD)[item_Q]).chunk(2, dim=-1)
+        # Once a distinct item, or once a candidate where those are fewer (a long past behind a short list).
+        few = len(item_Q) < len(item_UD)
+        of_item_QE = self.of_item(item_UD[item_Q]) if few else self.of_item(item_UD)[item_Q]
+        gate, value = (self.of_user(user_AV)[page_Q] + of_item_QE).chunk(2, dim=-1)
         return item_UD[item_Q] + self.down(F.silu(gate) * value)
 
 

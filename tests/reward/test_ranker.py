@@ -136,11 +136,12 @@ def test_short_history_and_no_history():
         assert batch.time_R[batch.page_offset[b] : batch.page_offset[b + 1] - 1].tolist() == toy.log.time_R[rows].tolist()
 
 
-def test_the_reparameterised_product_is_the_plain_one():
+@pytest.mark.parametrize("candidates", [20, 200])
+def test_the_reparameterised_product_is_the_plain_one(candidates: int):
     torch.manual_seed(0)
     fusion = Fusion(user=48, width=16, hidden=32)
     user_AV, item_UD = torch.randn(5, 48), torch.randn(30, 16)
-    page_Q, item_Q = torch.randint(0, 5, (200,)), torch.randint(0, 30, (200,))
+    page_Q, item_Q = torch.randint(0, 5, (candidates,)), torch.randint(0, 30, (candidates,))
     weight = torch.cat([fusion.of_user.weight, fusion.of_item.weight], dim=1)
     plain = torch.nn.functional.linear(torch.cat([user_AV[page_Q], item_UD[item_Q]], dim=1), weight, fusion.of_user.bias)
     gate, value = plain.chunk(2, dim=1)
