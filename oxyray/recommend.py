@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from oxyray.config import ModelConfig, RecommendConfig
+from oxyray.config import ModelConfig
 from oxyray.data.prepared import Prepared
 from oxyray.data.requests import request_segments, timeline
 from oxyray.errors import DataError
@@ -18,6 +19,7 @@ from oxyray.model.saved import read_model
 from oxyray.run import Run
 
 _SHOWN_HISTORY = 8
+_ASKED = -1  # the number of the request that is asked; those of the log start at 0
 _CATEGORIES = ("category_1", "category_2", "category_3")
 
 
@@ -66,6 +68,7 @@ class Recommender:
     def __init__(self, inputs: Inputs, generator: Generator, config: ModelConfig) -> None:
         self.inputs, self.generator, self._model = inputs, generator, config
         self.prepared: Prepared = inputs.prepared
+        self._beams = generator.beams
         self._collate = inputs.collator(config)
         self._names = {name: place for place, name in enumerate(self.prepared.meta.scenarios)}
 
@@ -90,23 +93,28 @@ class Recommender:
         include_seen: bool = True,
         at: int | None = None,
     ) -> Recommendations:
-        """The best `k` items for a user in a scenario, after all of the user's events.
+        """The best `k` items for a user in a scenario; fewer where the scenario's pool has no more.
 
         `user` None is a newcomer without history; `scenario` None is the user's last one (a newcomer's: the shop's first); `at` is the time
-        of the request in the data's unit (None: just after the last event); `include_seen=False` leaves out items of the user's history.
+        of the request in the data's unit (None: just after the last event), and events after it are not known; `include_seen=False` leaves
+        out items of the user's history.
         Raises DataError on an unknown user, scenario or trigger item, GenerationError on an empty pool.
         """
         if k < 1:
             raise DataError(f"k must be at least 1, got {k}")
         began = time.perf_counter()
         index = -1 if user is None else self.prepared.user_index(user)
-        past = self._past(index)
+        past = self._past(index, at)
         place = self._scenario(scenario, past)
-        asked = self._ask(past, max(index, 0), place, -1 if trigger is None else self.prepared.item_index(trigger), at)
-        line = timeline(asked)
-        batch = self._collate(line, request_segments(line, np.array([len(line) - 1]), self._model.history), targets=False)
+        line = timeline(self._ask(past, max(index, 0), place, -1 if trigger is None else self.prepared.item_index(trigger), at))
+        asked = np.flatnonzero(line.request_E == _ASKED)
+        batch = self._collate(line, request_segments(line, asked, self._model.history), targets=False)
+        if index < 0:  # nobody's row and nobody's profile
+            batch.user_B, batch.profile_BP = torch.full_like(batch.user_B, -1), torch.zeros_like(batch.profile_BP)
+        batch = batch.to(self.generator.policy.tree.device)
         name = self.prepared.meta.scenarios[place]
         seen = [past["item"]] if not include_seen else None
+        self.generator.beams = min(max(self._beams, k), self.inputs.catalog.index.leaves)
         found = self.generator.generate(batch, k, self.generator.pool(name, self.prepared.pools[name]), seen)
         milliseconds = 1e3 * (time.perf_counter() - began)
         real = found.item_BR[0] >= 0
@@ -119,10 +127,11 @@ class Recommender:
         looking = None if trigger is None else self._shown(self.prepared.item_index(trigger), None)
         return Recommendations("(new)" if user is None else user, name, looking, recent, items, milliseconds)
 
-    def _past(self, user: int) -> dict[str, np.ndarray]:
+    def _past(self, user: int, at: int | None) -> dict[str, np.ndarray]:
         if user < 0:
             return {name: values[:0] for name, values in self.prepared.events(0).items()}
-        return self.prepared.user_events(user)
+        past = self.prepared.user_events(user)
+        return past if at is None else {name: values[past["time"] <= at] for name, values in past.items()}
 
     def _scenario(self, name: str | None, past: dict[str, np.ndarray]) -> int:
         if name is None:
@@ -140,7 +149,7 @@ class Recommender:
             "time": last + 1 if at is None else at,
             "action": 0,
             "scenario": scenario,
-            "request": -1,
+            "request": _ASKED,
             "trigger": trigger,
             "split": 2,
         }
@@ -152,10 +161,3 @@ class Recommender:
         row = {name: items[name][item].as_py() for name in wanted if name in items.column_names}
         categories = [str(row[name]) for name in _CATEGORIES if row.get(name)]
         return Shown(row["item_id"], row.get("title") or "", score, note or " > ".join(categories), row.get("price"))
-
-
-def show(config: RecommendConfig, run: Run) -> None:
-    """`oxyray recommend`: print what a user would see. Without a user, the first one of the shop stands in."""
-    recommender = Recommender.load(run.folder)
-    user = config.user if config.user is not None else recommender.prepared.users["user_id"][0].as_py()
-    print(recommender.recommend(user, config.scenario, config.trigger, config.k))

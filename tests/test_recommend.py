@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from oxyray import Recommender
@@ -53,6 +54,38 @@ def test_a_newcomer_and_a_trigger_item_work(folder):
     assert triggered.trigger.item_id == "i007"
     scores = [[round(shown.score, 6) for shown in r.items] for r in (recommender.recommend("u03", "home", k=3), triggered)]
     assert scores[0] != scores[1]
+
+
+def test_a_newcomer_is_nobody_and_least_of_all_the_first_user(folder):
+    recommender = Recommender.load(folder)
+    before = [shown.score for shown in recommender.recommend(None, "home", k=5).items]
+    recommender._collate.profile_UP[:] += 1
+    tables = recommender.generator.lookup.__self__.tables
+    tables["user"] += 1
+    assert [shown.score for shown in recommender.recommend(None, "home", k=5).items] == before
+
+
+def test_a_request_in_the_past_knows_what_was_known_then_and_is_asked_as_asked(folder):
+    recommender = Recommender.load(folder)
+    events = recommender.prepared.user_events(recommender.prepared.user_index("u03"))
+    times = np.unique(events["time"])
+    then = int(times[len(times) // 2])
+    early = recommender.recommend("u03", "home", at=then)
+    known = recommender.prepared.items["item_id"].take(events["item"][events["time"] <= then][::-1][:8]).to_pylist()
+    assert [shown.item_id for shown in early.recent] == known
+    answers = [
+        [shown.score for shown in recommender.recommend("u03", scenario, trigger, at=then).items]
+        for scenario, trigger in (("home", None), ("cart", None), ("home", "i007"))
+    ]
+    assert answers[0] == [shown.score for shown in early.items]
+    assert answers[1] != answers[0] != answers[2]
+
+
+def test_all_that_is_asked_for_comes_also_beyond_the_beams(folder):
+    recommender = Recommender.load(folder)
+    assert len(recommender.recommend("u03", "home", k=40).items) == 40
+    assert len(recommender.recommend("u03", "cart", k=100).items) == 20
+    assert len(recommender.recommend("u03", "home", k=3).items) == 3
 
 
 def test_the_same_question_has_the_same_answer_and_the_answer_depends_on_the_user(folder):

@@ -68,7 +68,7 @@ class RecommendConfig:
     """What `oxyray recommend` prints; on the command line the short keys `user`, `scenario`, `trigger`, `k` set these.
 
     user: user_id to recommend to
-    scenario: scenario to recommend in; null: the run's first
+    scenario: scenario to recommend in; null: the user's last
     trigger: item_id that the request starts from, for scenarios with a trigger
     k: items to recommend
     """
