@@ -93,7 +93,10 @@ STAGES: tuple[Stage, ...] = (
         folder="pretrain",
         reads=("prepare", "sid"),
         settings=("model", "train"),
-        speed=("train.threads_per_worker", "train.save_every_minutes", "train.keep_checkpoints", "train.max_restarts", "train.timeout_s"),
+        speed=(
+            *("train.workers", "train.gpu", "train.threads_per_worker", "train.micro_batches", "train.optim.zero_stage"),
+            *("train.save_every_minutes", "train.keep_checkpoints", "train.max_restarts", "train.timeout_s", "train.profile_steps"),
+        ),
     ),
     Stage(
         name="evaluate",
@@ -176,7 +179,7 @@ def why_stale(stage: Stage, config: Config, run: Run, *, check_files: bool = Tru
     stamp = _stamp(stage, run)
     if stamp is None or not run.path(stage.folder).exists():
         return "not made yet"
-    changed = _differences(stamp["settings"], _settings(stage, config))
+    changed = _differences(_deciding(stage, stamp["settings"]), _settings(stage, config))
     if changed:
         return f"made with other settings: {changed[0]}" + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
     for name in stage.reads:
@@ -254,7 +257,11 @@ def _made(name: str, run: Run) -> str | None:
 
 def _settings(stage: Stage, config: Config) -> dict[str, Any]:
     """Flat `{key: value}` of the settings that decide the stage's result."""
-    flat = _flat(to_dict(config))
+    return _deciding(stage, _flat(to_dict(config)))
+
+
+def _deciding(stage: Stage, flat: dict[str, Any]) -> dict[str, Any]:
+    """A stamp is read through this too: a key that it holds may have been found to change speed alone since."""
     return {
         key: value
         for key, value in flat.items()

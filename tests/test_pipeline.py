@@ -17,6 +17,7 @@ from oxyray.errors import RunError
 from oxyray.files import whole
 from oxyray.pipeline import STAGES, Stage, borrow, plan, run_all, run_one, source_files, why_stale
 from oxyray.run import Run
+from oxyray.train.course import MAY_CHANGE
 
 
 @dataclass
@@ -129,6 +130,33 @@ def test_a_changed_setting_remakes_its_stage_and_what_stands_on_it(shop: Shop) -
 def test_settings_of_speed_and_of_others_remake_nothing(shop: Shop) -> None:
     shop.run(config_of(shop.folder))
     assert shop.run(config_of(shop.folder, sid={"workers": 4}, evaluate={"bootstrap": 3}, cluster={"cpus": 1})) == []
+
+
+DECIDES = {"epochs", "max_minutes", "max_steps", "patience", "eval_every_epochs", "eval_requests"}
+"""Of the keys that a run may go on with when they change: those that decide when it ends and which of its models is the best."""
+
+
+def test_a_finished_policy_stays_fresh_when_what_changes_is_only_how_it_was_trained(tmp_path: Path) -> None:
+    stages = tuple(replace(stage, work=empty_folder(stage.folder), reads=()) for stage in STAGES if stage.name == "pretrain")
+    shorter: dict[str, Any] = {
+        "workers": 3, "gpu": "never", "threads_per_worker": 2, "micro_batches": 4, "profile_steps": 5, "save_every_minutes": 0.5,
+        "keep_checkpoints": 9, "max_restarts": 1, "timeout_s": 77.0,
+    }  # fmt: skip
+    assert set(shorter) == set(MAY_CHANGE) - DECIDES
+    run_all(config_of(tmp_path), stages, lambda line: None)
+    steps = plan(config_of(tmp_path, train=shorter | {"optim": {"zero_stage": 3}}), ["pretrain"], stages)
+    assert steps == [("pretrain", None)]
+    earlier = tuple(replace(stage, speed=()) for stage in stages)  # a stamp from before a key was counted as one of speed
+    run_all(replace(config_of(tmp_path, train=shorter), force=True), earlier, lambda line: None)
+    assert plan(config_of(tmp_path), ["pretrain"], stages) == [("pretrain", None)]
+    for name, value in {"epochs": 99, "targets_per_step": 77, "eval_requests": 3}.items():
+        ((_, why),) = plan(config_of(tmp_path, train={name: value}), ["pretrain"], stages)
+        assert why is not None
+        assert f"train.{name} was" in why
+
+
+def empty_folder(name: str) -> Callable[[Config, Run], None]:
+    return lambda config, run: run.path(name).mkdir(exist_ok=True)
 
 
 def test_changed_source_files_and_force_remake_everything(shop: Shop) -> None:
