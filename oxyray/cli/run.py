@@ -38,9 +38,9 @@ def rehearse(name: str, config: Config) -> None:
 
 
 def known_error(error: BaseException | None) -> OxyrayError | None:
-    """What `oxyray STAGE --help` prints:
+    """The first of OxyRay's own errors in the chain of causes (Ray's `cause` and Python's `raise ... from`), or None: then it is a bug.
 
-    the groups and keys that the stage reads. `values` are the composed ones, shown in place of defaults.
+    Ray hands a worker's error over inside one of its own, of a class made on the fly that inherits from both; that one is passed over.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
