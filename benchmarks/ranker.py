@@ -22,7 +22,8 @@ from benchmarks.harness import Report, arguments
 from oxyray.data.stream import ItemFeatures
 from oxyray.model.items import Vocab
 from oxyray.model.layers import Tensor
-from oxyray.reward.packing import Packer, Pages, RankBatch
+from oxyray.reward.packing import Packer, RankBatch
+from oxyray.reward.pages import Pages
 from oxyray.reward.ranker import Fusion, Ranker, RankerConfig
 
 SEED, ITEMS, HISTORY, PAGE, TEXT = 7, 12_000, 50, 12, 384

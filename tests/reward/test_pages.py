@@ -1,4 +1,4 @@
-"""Packing: logs to pages against the rules written out, stretches that ask every page once, files that cannot be used."""
+"""Label packing: logs to pages against the rules written out, stretches that ask every page once, files that cannot be used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oxyray.config import Config, DataConfig, MallConfig
 from oxyray.data.prepare import prepare
 from oxyray.data.prepared import Prepared
 from oxyray.errors import DataError
-from oxyray.reward.packing import Pages, exposed_pages, sampled_pages, stretches
+from oxyray.reward.pages import Pages, exposed_pages, sampled_pages, stretches
 from oxyray.run import Run
 from tests.data import toy
 from tests.reward.toys import random_pages

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from oxyray.errors import ConfigError
-from oxyray.reward.packing import RankBatch, Stretches, stretches
+from oxyray.reward.packing import RankBatch
+from oxyray.reward.pages import Stretches, stretches
 from oxyray.reward.ranker import Fusion, RankerConfig
 from tests.reward.toys import Toy
 

@@ -9,7 +9,8 @@ import torch
 from oxyray.data.order import run_starts
 from oxyray.data.stream import ItemFeatures
 from oxyray.model.items import Vocab
-from oxyray.reward.packing import Packer, Pages, RankBatch
+from oxyray.reward.packing import Packer, RankBatch
+from oxyray.reward.pages import Pages
 from oxyray.reward.ranker import Ranker, RankerConfig
 
 
