@@ -21,7 +21,7 @@ from oxyray.model.layers import Tensor
 
 Normalise = Literal["children", "vocabulary"]
 
-# One pair of the sampled product costs as much as so many entries of the dense one (measured on a CPU at widths 128 to 512).
+# One pair of the sampled product costs as much as so many entries of the dense one (measured on a CPU, width 256).
 _PAIR_COST = 8
 # Numbers in a slice of the dense product: 4 MB of float32.
 _SLICE = 1 << 20
