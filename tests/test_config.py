@@ -44,6 +44,32 @@ def test_every_key_is_described() -> None:
         ({"model": {"width": 12, "heads": 4}}, "model.heads: model.width=12 / 4 heads is odd, and must be even: set model.width=16"),
         ({"model": {"dropout": 1}}, "model.dropout: must lie in [0, 1), got 1.0"),
         ({"train": {"optim": {"betas": [0.9]}}}, "train.optim.betas: expected a list of 2, got [0.9]"),
+        ({"train": {"optim": {"betas": [2, 3]}}}, "train.optim.betas: must lie in [0, 1), got [2.0, 3.0]"),
+        ({"train": {"optim": {"lr": float("inf")}}}, "train.optim.lr: must be 0 or more and finite, got inf"),
+        ({"train": {"optim": {"weight_decay": -1}}}, "train.optim.weight_decay: must be 0 or more and finite, got -1.0"),
+        ({"train": {"eval_requests": -1}}, "train.eval_requests: must be 0 or more, got -1"),
+        ({"train": {"max_restarts": -1}}, "train.max_restarts: must be 0 or more, got -1"),
+        ({"train": {"timeout_s": -1}}, "train.timeout_s: must be positive, got -1.0"),
+        ({"train": {"action_weights": {"purchase": 8}}}, "train.action_weights.click: missing; every action needs its weight"),
+        (
+            {"train": {"action_weights": {"click": 1, "cart": 1, "purchase": 1, "view": 3}}},
+            "train.action_weights.view: no such action; known are click, cart, purchase",
+        ),
+        (
+            {"train": {"action_weights": {"click": -1, "cart": 1, "purchase": 1}}},
+            "train.action_weights.click: must be 0 or more and finite, got -1.0",
+        ),
+        ({"evaluate": {"max_requests": -5}}, "evaluate.max_requests: must be positive or null, got -5"),
+        ({"evaluate": {"bootstrap": -5}}, "evaluate.bootstrap: must be 0 (none) or more, got -5"),
+        ({"evaluate": {"baselines": ["knn", "knn"]}}, "evaluate.baselines: names one twice: ['knn', 'knn']"),
+        (
+            {"data": {"name": "x", "source": "mall", "mall": {"size": "tiny"}}, "sid": {"width": 512}},
+            "sid.width: 512 codes are more than the shop's 272 items: set it to 272 or less",
+        ),
+        (
+            {"data": {"name": "x", "source": "mall", "mall": {"size": "tiny"}}, "generate": {"beams": 300}},
+            "generate.beams: 300 beams are wider than the catalogue of 272 items at most: set it to 272 or less",
+        ),
         ({"train": {"optim": {"zero_stage": 4}}}, "train.optim.zero_stage: must be 0, 1, 2 or 3, got 4"),
         (
             {"train": {"workers": 4, "targets_per_step": 2}},

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from oxyray.config.align import AlignConfig, ObjectiveConfig
 from oxyray.config.cluster import ClusterConfig, TrackingConfig
-from oxyray.config.data import DataConfig, MallConfig, SidConfig
+from oxyray.config.data import MALL_ITEMS, DataConfig, MallConfig, SidConfig
 from oxyray.config.evaluate import EvaluateConfig, RecommendConfig, SasrecConfig
 from oxyray.config.model import GenerateConfig, ModelConfig, OptimConfig, TrainConfig
 from oxyray.config.plain import from_dict, need, to_dict
@@ -50,12 +50,15 @@ class Config:
         )
         beams, top = self.generate.beams, max(self.evaluate.ks)
         need(top <= beams, "generate.beams", f"{beams} beams cannot fill the top {top} of evaluate.ks: set generate.beams={top} or more")
-        most = self.sid.width**self.sid.levels
-        if self.data.source == "mall" and self.data.mall.items is not None:
-            most = min(most, self.data.mall.items)
+        most, width = self.sid.width**self.sid.levels, self.sid.width
+        if self.data.source == "mall":
+            items = self.data.mall.items or MALL_ITEMS[self.data.mall.size]
+            most = min(most, items)
         need(
             beams <= most, "generate.beams", f"{beams} beams are wider than the catalogue of {most} items at most: set it to {most} or less"
         )
+        if self.data.source == "mall":
+            need(width <= items, "sid.width", f"{width} codes are more than the shop's {items} items: set it to {items} or less")
 
 
 __all__ = [

@@ -8,6 +8,8 @@ from typing import Literal
 from oxyray.config.plain import need
 
 Size = Literal["tiny", "small", "medium", "large", "million"]
+MALL_ITEMS: dict[Size, int] = {"tiny": 272, "small": 2_700, "medium": 20_000, "large": 200_000, "million": 1_000_000}
+"""Items of the embedded shop's sizes."""
 
 
 @dataclass(kw_only=True)
@@ -62,7 +64,7 @@ class DataConfig:
     time_unit: whether event_time is in seconds or only the position in the user's sequence
     latest_time: events after this time (in time_unit) are quarantined; null: after the present
     max_bad_share: stop when more than this share of the rows breaks the contract
-    shards: files into which the prepared events are divided; at least one a training worker
+    shards: files into which the prepared events are divided; a process holds one at a time, so more of them take less memory
     """
 
     name: str

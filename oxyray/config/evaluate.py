@@ -61,6 +61,10 @@ class EvaluateConfig:
         need(len(self.ks) > 0 and all(k >= 1 for k in self.ks), "evaluate.ks", f"must be positive whole numbers, got {self.ks}")
         known = {"popularity", "knn", "sasrec"}
         need(set(self.baselines) <= known, "evaluate.baselines", f"known are {sorted(known)}, got {list(self.baselines)}")
+        need(len(set(self.baselines)) == len(self.baselines), "evaluate.baselines", f"names one twice: {list(self.baselines)}")
+        most = self.max_requests
+        need(most is None or most > 0, "evaluate.max_requests", f"must be positive or null, got {most}")
+        need(self.bootstrap >= 0, "evaluate.bootstrap", f"must be 0 (none) or more, got {self.bootstrap}")
 
 
 @dataclass(kw_only=True)

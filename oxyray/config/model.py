@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from oxyray.config.plain import need
+
+ACTIONS = ("click", "cart", "purchase")
+"""From weakest to strongest; an action's index is its strength."""
 
 
 @dataclass(kw_only=True)
@@ -95,7 +99,10 @@ class OptimConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
-        need(self.lr >= 0 and self.table_lr >= 0, "train.optim.lr", "learning rates must be 0 or more")
+        for name in ("lr", "table_lr", "weight_decay"):
+            value = getattr(self, name)
+            need(0 <= value < math.inf, f"train.optim.{name}", f"must be 0 or more and finite, got {value}")
+        need(all(0 <= beta < 1 for beta in self.betas), "train.optim.betas", f"must lie in [0, 1), got {list(self.betas)}")
         need(self.zero_stage in (0, 1, 2, 3), "train.optim.zero_stage", f"must be 0, 1, 2 or 3, got {self.zero_stage}")
         need(self.clip > 0, "train.optim.clip", f"must be positive (1e9 for no clipping), got {self.clip}")
         need(0 <= self.warmup_share < 1, "train.optim.warmup_share", f"is a share of the run in [0, 1), got {self.warmup_share}")
@@ -148,7 +155,8 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "targets_per_step", "micro_batches", "workers", "eval_every_epochs", "patience", "keep_checkpoints"):
+        positive = ("epochs", "targets_per_step", "micro_batches", "workers", "eval_every_epochs", "patience", "keep_checkpoints")
+        for name in (*positive, "timeout_s", "save_every_minutes"):
             need(getattr(self, name) > 0, f"train.{name}", f"must be positive, got {getattr(self, name)}")
         for name in ("max_minutes", "max_steps", "threads_per_worker"):
             need(
@@ -156,8 +164,13 @@ class TrainConfig:
                 f"train.{name}",
                 f"must be positive or null, got {getattr(self, name)}",
             )
-        for name in ("overfit_batches", "profile_steps"):
-            need(getattr(self, name) >= 0, f"train.{name}", f"must be 0 (off) or more, got {getattr(self, name)}")
+        for name in ("overfit_batches", "profile_steps", "eval_requests", "max_restarts"):
+            need(getattr(self, name) >= 0, f"train.{name}", f"must be 0 or more, got {getattr(self, name)}")
+        for action in (*ACTIONS, *self.action_weights):
+            need(action in ACTIONS, f"train.action_weights.{action}", f"no such action; known are {', '.join(ACTIONS)}")
+            need(action in self.action_weights, f"train.action_weights.{action}", "missing; every action needs its weight")
+            weight = self.action_weights[action]
+            need(0 <= weight < math.inf, f"train.action_weights.{action}", f"must be 0 or more and finite, got {weight}")
         need(
             self.targets_per_step >= self.workers * self.micro_batches,
             "train.targets_per_step",

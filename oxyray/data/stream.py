@@ -150,17 +150,21 @@ class SegmentStream:
 
     def _plan(self, segments: Segments, random: np.random.Generator) -> Iterator[Array]:
         """Rows of each step: segments of like length together (little padding), with noise so that no two epochs pair alike, steps
-        shuffled."""
+        shuffled. A segment is never cut, so a step may hold more targets than asked for, and always holds some."""
         size = segments.query_length_B
         order = np.argsort(np.maximum(segments.length_B, size) * random.uniform(0.75, 1.3, len(size)), kind="stable")
-        steps = self._steps_of(int(size.sum()))
-        bounds = np.searchsorted(np.cumsum(size[order]), np.linspace(0, size.sum(), steps + 1)[1:-1])
+        steps = self._steps_of(segments)
+        if steps == 0:
+            return
+        bounds, nth = np.searchsorted(np.cumsum(size[order]), np.linspace(0, size.sum(), steps + 1)[1:-1]), np.arange(steps - 1)
+        bounds = np.maximum.accumulate(bounds - nth).clip(1, max(len(order) - steps + 1, 1)) + nth  # no step is empty
         pieces = np.split(order, bounds)
         for k in random.permutation(len(pieces)):
             yield random.permutation(pieces[k])
 
-    def _steps_of(self, targets: int) -> int:
-        return max(1, round(targets / self.targets_per_step)) if targets else 0
+    def _steps_of(self, segments: Segments) -> int:
+        wanted = max(1, round(int(segments.query_length_B.sum()) / self.targets_per_step))
+        return min(wanted, len(segments))
 
     def _part(self, part: int) -> tuple[Timeline, Segments]:
         if self._cached is None or self._cached[0] != part:
@@ -169,7 +173,7 @@ class SegmentStream:
         return self._cached[1], self._cached[2]
 
     def _part_steps(self, part: int) -> int:
-        return self._steps_of(int(self._part(part)[1].query_length_B.sum()))
+        return self._steps_of(self._part(part)[1])
 
 
 def _ranges(start_B: Array, length_B: Array) -> Array:

@@ -18,10 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from oxyray.config.model import ACTIONS as ACTIONS  # the contract names them
 from oxyray.errors import DataError
-
-ACTIONS = ("click", "cart", "purchase")
-"""From weakest to strongest; an action's index is its strength."""
 
 BATCH_ROWS = 262_144
 

@@ -1,6 +1,7 @@
 """The rule about time, against brute force on random events; and the step plan: complete, independent of workers, resumable."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,7 +96,7 @@ class Parts:
 def stream(seed: int = 0, **more) -> SegmentStream:
     features = ItemFeatures(torch.zeros(600, 3, dtype=torch.long), torch.zeros(600, 0, dtype=torch.long), None)
     collate = Collator(features, np.zeros((36, 0), int), np.array([1.0, 2.0, 4.0]), whole_catalogue=True)
-    return SegmentStream(Parts(), collate, history=8, targets_per_step=40, seed=seed, **more)
+    return SegmentStream(Parts(), collate, **({"history": 8, "targets_per_step": 40, "seed": seed} | more))
 
 
 def targets_by_step(source: SegmentStream, steps: int, worlds: int = 1, micro: int = 1) -> list[list[int]]:
@@ -138,6 +139,19 @@ def test_resuming_goes_on_where_it_stopped_also_at_an_epoch_boundary():
         second = stream()
         second.load_state_dict(first.state_dict())
         assert targets_by_step(second, 2 * steps + 3 - stop) == want[stop:]
+
+
+@pytest.mark.parametrize("targets", [1, 3, 7, 10_000])
+@pytest.mark.parametrize("history", [2, 8, 200])
+def test_any_size_of_step_gives_steps_that_hold_targets_and_an_epoch_that_holds_all(targets: int, history: int) -> None:
+    source = stream(targets_per_step=targets, history=history)
+    batches = source.batches()
+    steps = [next(batches)[0] for _ in range(source.steps_per_epoch())]
+    assert min(batch.queries for batch in steps) > 0
+    training = [i for part in range(3) for i, s in zip(Parts().events(part)["item"], Parts().events(part)["split"], strict=True) if s == 0]
+    assert sorted(t for batch in steps for t in batch.target_Q.tolist()) == sorted(training)
+    next(batches)
+    assert source.state_dict() == {"epoch": 1, "step": 1}
 
 
 def test_overfitting_repeats_the_same_few_steps():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from oxyray.config import MallConfig
+from oxyray.config import MALL_ITEMS, MallConfig
 from oxyray.data.mall import calendar, catalogue, goods, people
 from oxyray.data.mall.calendar import Calendar
 from oxyray.data.mall.catalogue import Catalogue
@@ -42,11 +42,11 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(272, 180, 120, 8, 64, 1, goods.TINY_DEPARTMENTS),
-    "small": Size(2_700, 3_000, 365, 11, 4096),
-    "medium": Size(20_000, 20_000, 365, 11, 2048),
-    "large": Size(200_000, 200_000, 540, 11, 4096, 4),
-    "million": Size(1_000_000, 1_000_000, 730, 11, 4096, 20),
+    "tiny": Size(MALL_ITEMS["tiny"], 180, 120, 8, 64, 1, goods.TINY_DEPARTMENTS),
+    "small": Size(MALL_ITEMS["small"], 3_000, 365, 11, 4096),
+    "medium": Size(MALL_ITEMS["medium"], 20_000, 365, 11, 2048),
+    "large": Size(MALL_ITEMS["large"], 200_000, 540, 11, 4096, 4),
+    "million": Size(MALL_ITEMS["million"], 1_000_000, 730, 11, 4096, 20),
 }
 
 
