@@ -62,7 +62,7 @@ class Report:
             "hardware": hardware(),
             "versions": versions(),
         }
-        write_json(path, facts | {"config": self.config, "seeds": list(self.seeds), "claims": self.claims, "tables": self.tables})
+        write_json(path, facts | {"config": portable(self.config), "seeds": list(self.seeds), "claims": self.claims, "tables": self.tables})
         print(f"\nwritten to {path}", flush=True)
 
 
@@ -81,6 +81,12 @@ def text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     return "\n".join(
         "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines
     )
+
+
+def portable(config: dict[str, Any]) -> dict[str, Any]:
+    """Without folders of this machine: they change no figure."""
+    kept = {key: portable(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: None if isinstance(value, str) and value.startswith(("/", "~")) else value for key, value in kept.items()}
 
 
 def hardware() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from oxyray.config import MALL_ITEMS, MallConfig
+from oxyray.config.data import MALL_ITEMS, MallConfig
 from oxyray.data.mall import calendar, catalogue, goods, people
 from oxyray.data.mall.calendar import Calendar
 from oxyray.data.mall.catalogue import Catalogue
