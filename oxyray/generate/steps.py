@@ -55,8 +55,7 @@ class PolicySteps:
         return self._decoding.hidden_BKD
 
     def outputs(self, level: int) -> Outputs:
-        head = self.policy.head
-        return Outputs(self._decoding.vectors[level], False) if head.tied else Outputs(head.own[level], True)
+        return Outputs(self._decoding.vectors[level], by_code=not self.policy.head.tied)
 
     def advance(self, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
         self.policy.advance(self._decoding, level, node_BK, origin_BK)

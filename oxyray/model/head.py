@@ -138,11 +138,12 @@ class Head(nn.Module):
         self.tied = tied
         self.own = nn.ParameterList(torch.randn(codes, width) * 0.02 for _ in range(levels))
 
-    def node_vectors(self, tree: Tree, item_ID: Tensor | None) -> list[Tensor]:
-        """Output vectors of all nodes, level by level: (n_l, D) each. `item_ID` are all items' vectors (tied only)."""
+    def vectors(self, tree: Tree, item_ID: Tensor) -> list[Tensor]:
+        """Output vectors, level by level: of all nodes, (n_l, D), where tied (`item_ID` are then all items' vectors); else of the codes,
+        (V, D). `rows` says which is a node's."""
+        if not self.tied:
+            return list(self.own)
         own = [vectors_VD[tree.code(level)] for level, vectors_VD in enumerate(self.own)]
-        if not self.tied or item_ID is None:
-            return own
         total_nD = item_ID
         count_n = torch.ones(len(item_ID), device=item_ID.device, dtype=item_ID.dtype)
         vectors = []
@@ -153,6 +154,10 @@ class Head(nn.Module):
             count_n = count_n.new_zeros(nodes).index_add(0, upward, count_n)
             vectors.append(total_nD / count_n[:, None] + own[level])
         return vectors[::-1]
+
+    def rows(self, tree: Tree, level: int, node_P: Tensor) -> Tensor:
+        """Where the vectors of nodes stand in `vectors(...)[level]`: (P,)."""
+        return node_P if self.tied else tree.code_of(level, node_P)
 
 
 def spread(first_M: Tensor, count_M: Tensor) -> tuple[Tensor, Tensor]:

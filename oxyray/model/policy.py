@@ -29,7 +29,7 @@ Rows = dict[str, Tensor]
 
 @dataclass
 class Decoding:
-    """A beam search in progress: what `Policy.advance` needs from step to step. `vectors` are the output vectors of all nodes, by level."""
+    """A beam search in progress: what `Policy.advance` needs from step to step. `vectors` are the head's, by level."""
 
     memory: Memory
     state_BD: Tensor
@@ -82,7 +82,7 @@ class Policy(nn.Module):
         """Weighted next-token loss of every query's target, plus the item-level softmax (paper Eq. 3 without Q2I): sums over queries."""
         item_UD = self.items(batch.items, rows["item"])
         memory = self._memory(batch, rows, item_UD)
-        vectors = self.head.node_vectors(self.tree, item_UD)
+        vectors = self.head.vectors(self.tree, item_UD)
         codes_QL = batch.items.codes_UL[batch.target_Q]
         prompt_QTD = self._prompt(batch, item_UD, memory)
         tokens = [self._token(level, codes_QL[:, level])[:, None] for level in range(self.vocab.levels - 1)]
@@ -128,7 +128,7 @@ class Policy(nn.Module):
         (requests, group, levels), real_BG = path_BGL.shape, path_BGL[..., -1] >= 0
         item_UD = self.items(batch.items, rows["item"])
         memory = self._memory(batch, rows, item_UD)
-        vectors = self.head.node_vectors(self.tree, item_UD)
+        vectors = self.head.vectors(self.tree, item_UD)
         path_ML, request_M = path_BGL.clamp(min=0).flatten(0, 1), torch.arange(requests, device=path_BGL.device).repeat_interleave(group)
         prompt_MTD = self._prompt(batch, item_UD, memory)[request_M]
         tokens = [self._token(level, self.tree.code(level)[path_ML[:, level]])[:, None] for level in range(levels - 1)]
@@ -145,15 +145,16 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Of one level's tokens: (M,)."""
         if level == 0:
-            first_M, count_M = torch.zeros_like(request_M), torch.full_like(request_M, len(vector_nD))
+            first_M, count_M = torch.zeros_like(request_M), torch.full_like(request_M, self.tree.nodes(0))
         else:
             first_M, count_M = self.tree.children_of(level - 1, path_ML[:, level - 1])
         state_P, child_P = spread(first_M, torch.where(real_M, count_M, 0))
         keep_P = None if legal is None else legal.keep(level, request_M[state_P], child_P)
         if keep_P is not None:
             state_P, child_P = state_P[keep_P], child_P[keep_P]
-        dense = level == 0
-        logit_P = (hidden_MD @ vector_nD.T)[state_P, child_P] if dense else (hidden_MD[state_P] * vector_nD[child_P]).sum(-1)
+        row_P = self.head.rows(self.tree, level, child_P)
+        same = level == 0  # every state scores the same nodes
+        logit_P = (hidden_MD @ vector_nD.T)[state_P, row_P] if same else (hidden_MD[state_P] * vector_nD[row_P]).sum(-1)
         mine_P = child_P == path_ML[state_P, level]
         if int(mine_P.sum()) != int(real_M.sum()):
             found_M = torch.zeros_like(real_M).index_put((state_P[mine_P],), real_M.new_ones(1))
@@ -172,7 +173,7 @@ class Policy(nn.Module):
         memory = self._memory(batch, rows, item_UD)
         state_BD = self._state(batch, memory)
         hidden_BD, states = self.decoder.start(self._prompt(batch, item_UD, memory) + state_BD[:, None], memory)
-        vectors = self.head.node_vectors(self.tree, item_UD)
+        vectors = self.head.vectors(self.tree, item_UD)
         return Decoding(memory, state_BD, states, vectors, hidden_BD[:, None], self.item_query(hidden_BD), item_UD)
 
     @torch.no_grad()

@@ -8,9 +8,15 @@ from oxyray.data.requests import training_segments
 from oxyray.errors import CatalogueError, GenerationError
 from oxyray.model.head import ragged_logsumexp, spread
 from oxyray.model.losses import item_nll
-from oxyray.model.policy import Policy
+from oxyray.model.policy import Decoding, Policy
 from oxyray.sid.prefix import PrefixIndex
 from tests.model.toys import Toy
+
+
+def node_vectors(toy: Toy, decoding: Decoding, level: int) -> torch.Tensor:
+    """The output vector of every node of a level."""
+    vectors = decoding.vectors[level]
+    return vectors if toy.policy.head.tied else vectors[toy.index.code[level].astype(int)]
 
 
 def sid_logprob(toy: Toy, batch, node_path: np.ndarray) -> float:
@@ -20,7 +26,7 @@ def sid_logprob(toy: Toy, batch, node_path: np.ndarray) -> float:
     for level, node in enumerate(node_path):
         parent = toy.index.parent[level] if level else np.zeros(len(toy.index.code[0]), int)
         siblings = np.flatnonzero(parent == (node_path[level - 1] if level else 0))
-        logits = decoding.vectors[level] @ decoding.hidden_BKD[0, 0]
+        logits = node_vectors(toy, decoding, level) @ decoding.hidden_BKD[0, 0]
         total += float(logits[node] - torch.logsumexp(logits[siblings], 0))
         toy.policy.advance(decoding, level, torch.tensor([[node]]), torch.zeros(1, 1, dtype=torch.long) if level else None)
     return total
@@ -112,7 +118,7 @@ def test_items_of_the_batch_suffice_for_the_code_head():
 def test_tied_node_vectors_are_means_over_items_below():
     toy = Toy()
     item_ID = torch.randn(40, 16, dtype=torch.double)
-    vectors = toy.policy.head.node_vectors(toy.policy.tree, item_ID)
+    vectors = toy.policy.head.vectors(toy.policy.tree, item_ID)
     for level in range(3):
         for node in range(len(toy.index.code[level])):
             below = np.flatnonzero(toy.policy.tree.path_IL[:, level].numpy() == node)
@@ -153,7 +159,7 @@ def test_distillation_is_the_cross_entropy_to_the_item_softmax_summed_over_each_
     out = toy.policy.loss(batch, rows)
     item_UD = toy.policy.items(batch.items, rows["item"])
     memory = toy.policy._memory(batch, rows, item_UD)
-    vectors = toy.policy.head.node_vectors(toy.policy.tree, item_UD)
+    vectors = toy.policy.head.vectors(toy.policy.tree, item_UD)
     path_IL = toy.policy.tree.path_IL
     total = 0.0
     for query, target in enumerate(batch.target_Q.tolist()):
@@ -204,7 +210,7 @@ def test_logprob_of_given_sids_equals_the_decoders_own_token_by_token(head: str)
                 parent = toy.index.parent[level] if level else np.zeros(len(toy.index.code[0]), int)
                 above = path_BGL[b, g, level - 1].item() if level else 0
                 children = [n for n in np.flatnonzero(parent == above).tolist() if n in nodes[b][level]]
-                logits = (decoding.vectors[level] @ decoding.hidden_BKD[b, 0])[children] / 0.7
+                logits = (node_vectors(toy, decoding, level) @ decoding.hidden_BKD[b, 0])[children] / 0.7
                 expected = float(torch.log_softmax(logits, 0)[children.index(node)])
                 assert found[b, g, level].item() == pytest.approx(expected, abs=1e-9)
                 origin = torch.zeros(3, 1).long() if level else None
