@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +33,45 @@ def public_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no public data: set OXYRAY_TEST_DATA to a folder like {folder}")
     return folder
+
+
+@pytest.fixture
+def running_cluster() -> Iterator[tuple[str, Path]]:
+    """A Ray cluster of its own, started as a person would, ended by its own process: its address, and the folder of its logs."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a short path: sockets lie in it
+    for last in (False, False, True):  # Ray gives its own processes 30 seconds, which a loaded machine may pass
+        cluster, address, said = _ray_start(folder)
+        if "Ray runtime started" in said:
+            break
+        _end(cluster)
+        assert not last, f"`ray start` did not work: {said[-2000:]}"
+    try:
+        yield address, folder / "session_latest" / "logs"
+    finally:
+        _end(cluster)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ray_start(folder: Path) -> tuple[subprocess.Popen[bytes], str, str]:
+    """The process, the address and what it said until it was up, ended, or two minutes had passed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
+    words += ["--object-store-memory=100000000", "--disable-usage-stats", f"--temp-dir={folder}"]
+    log = folder / "said"
+    with open(log, "wb") as file:
+        cluster = subprocess.Popen([str(Path(sys.executable).parent / "ray"), *words], stdout=file, stderr=subprocess.STDOUT)
+    for _ in range(240):
+        if cluster.poll() is not None or "Ray runtime started" in log.read_text():
+            break
+        time.sleep(0.5)
+    return cluster, f"127.0.0.1:{port}", log.read_text()
+
+
+def _end(cluster: subprocess.Popen[bytes]) -> None:
+    cluster.send_signal(signal.SIGTERM)
+    try:
+        cluster.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        cluster.kill()

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 # A shop that is made in a moment.
-SMALL = ["data.mall.size=tiny", "data.mall.items=140", "data.mall.users=20", "data.mall.days=20", "cluster.object_store_gb=0.1"]
+SMALL = ["data.mall.size=tiny", "data.mall.items=140", "sid.width=64", "data.mall.users=20", "data.mall.days=20", "cluster.object_store_gb=0.1"]
 
 
 def oxyray(*words: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
@@ -79,36 +75,13 @@ def test_jobs_run_side_by_side_on_a_ray_of_their_own_and_use_ray_themselves(tmp_
     assert (tmp_path / "sweep" / "1" / "data" / "meta.json").is_file()
 
 
-@pytest.fixture
-def running_cluster(tmp_path: Path) -> Iterator[str]:
-    """A Ray cluster of its own, started as a person would, ended by its own process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
-    words += ["--object-store-memory=100000000", "--disable-usage-stats"]
-    cluster = subprocess.Popen([str(Path(sys.executable).parent / "ray"), *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(240):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.5)
-        yield f"127.0.0.1:{port}"
-    finally:
-        cluster.send_signal(signal.SIGTERM)
-        try:
-            cluster.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            cluster.kill()
-
-
 @pytest.mark.ray
-def test_a_sweep_joins_a_cluster_that_is_already_running(tmp_path: Path, running_cluster: str) -> None:
+def test_a_sweep_joins_a_cluster_that_is_already_running(tmp_path: Path, running_cluster: tuple[str, Path]) -> None:
+    address = running_cluster[0]
     words = ["data.core=0,2", *SMALL, "cluster=running", f"hydra.sweep.dir={tmp_path}/sweep", "hydra.launcher.jobs_at_once=1"]
-    done = oxyray("prepare", "-m", "hydra/launcher=ray", *words, cwd=tmp_path, RAY_ADDRESS=running_cluster)
+    done = oxyray("prepare", "-m", "hydra/launcher=ray", *words, cwd=tmp_path, RAY_ADDRESS=address)
     assert done.returncode == 0, done.stdout + done.stderr
-    port = running_cluster.rpartition(":")[2]
+    port = address.rpartition(":")[2]
     assert re.search(rf"^joined the Ray cluster at [0-9.]+:{port}$", done.stdout, re.M), done.stdout
     assert "2 jobs, 1 at a time" in done.stdout
     assert [job["error"] for job in jobs(tmp_path / "sweep")] == [None, None]

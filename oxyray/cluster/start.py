@@ -2,7 +2,7 @@
 
 `address=local` starts a Ray of this command's own, whatever address an older cluster left in the environment. `auto` and `HOST:PORT`
 join. A process that already has Ray (a sweep's job, a training worker) keeps it. A cluster that does not answer is an error after a
-limit, not a hang.
+limit, not a hang. Every stage that uses Ray gets it here: `ray_for` for the time of its work.
 """
 
 from __future__ import annotations
@@ -62,6 +62,27 @@ def start(config: ClusterConfig, local_cpus: int | None = None, quiet: bool = Fa
             raise ClusterError(
                 f"cluster.address={config.address}: {(str(error).splitlines() or [type(error).__name__])[0]}: {mend}"
             ) from error
+
+
+@contextmanager
+def ray_for(config: ClusterConfig, workers: int, otherwise: str = "") -> Iterator[None]:
+    """Ray for the body: the one that this process has, else one started or joined, which it leaves afterwards. A local one offers CPUs for
+    `workers` at least. `otherwise` is the override that does without Ray, for the message.
+
+    Raises ClusterError as `start` does.
+    """
+    import ray
+
+    mine = not ray.is_initialized()
+    try:
+        start(config, local_cpus=workers, quiet=True)
+    except ClusterError as error:
+        raise ClusterError(f"{error}{f'; {otherwise} does without Ray' if otherwise else ''}") from error
+    try:
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
 
 
 def store_bytes(wanted_gb: float) -> int:

@@ -32,7 +32,7 @@ class ModelConfig:
     head: what scores a code: tied or codes
     text_input: give the encoder the items' text vectors
     item_loss: weight of the auxiliary item-level loss; 0 turns it off
-    item_negatives: items drawn as negatives of the item-level loss
+    item_negatives: items drawn from the catalogue as negatives of the item-level loss; 0: all of them (tied head)
     distill: weight of the codes' cross-entropy to the item-level softmax (tied head, item_negatives=0); 0 turns it off
     """
 
@@ -62,6 +62,8 @@ class ModelConfig:
         need(self.row_dim % 4 == 0, "model.row_dim", f"must be a multiple of 4 (an embedding kernel's rule), got {self.row_dim}")
         need(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
         need(self.item_loss >= 0, "model.item_loss", f"must be 0 or more, got {self.item_loss}")
+        drawn = self.head == "tied" or self.item_loss == 0 or self.item_negatives > 0
+        need(drawn, "model.item_negatives", "0 compares with the whole catalogue, which model.head=codes does not hold: set it to 2048")
         need(self.distill >= 0, "model.distill", f"must be 0 or more, got {self.distill}")
         possible = self.head == "tied" and self.item_loss > 0 and self.item_negatives == 0
         need(

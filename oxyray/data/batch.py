@@ -38,7 +38,7 @@ class ItemBlock:
 @dataclass
 class Batch:
     """Offsets are cumulative with a leading 0. Every `item` and `trigger` is an index into `items` (-1: none). `target_Q` is -1 when
-    serving."""
+    serving. `negative_N` are items drawn from the catalogue for the item-level loss, None where the block is the whole catalogue."""
 
     items: ItemBlock
     user_B: Tensor
@@ -56,13 +56,15 @@ class Batch:
     target_Q: Tensor
     action_Q: Tensor
     weight_Q: Tensor
+    negative_N: Tensor | None = None
 
     def lookups(self) -> dict[str, Tensor]:
         """Rows that `policy(batch, rows)` needs, by table, in the order it expects them."""
         return {"item": self.items.ids_U, "user": self.user_B}
 
     def to(self, device: torch.device | str) -> Batch:
-        moved: dict[str, Any] = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
+        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in held.items()}
         return Batch(**moved)
 
     @property

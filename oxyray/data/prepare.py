@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from oxyray.config import Config, DataConfig
+from oxyray.config import ClusterConfig, Config, DataConfig
 from oxyray.data import statistics
 from oxyray.data.buckets import EVENTS_PER_PART, SCHEMA, Buckets, bucket_of
 from oxyray.data.contract import Quarantine, sound_events, sound_rows
@@ -49,18 +49,18 @@ def prepare(config: Config, run: Run) -> None:
         source = Path(data.path or "").expanduser()
         if data.source != "tables":
             source = folders.enter_context(whole(run.path("source")))
-            write_source(data, source, quarantine)
+            write_source(data, source, quarantine, config.cluster)
         meta = write_prepared(data, source, out, quarantine)
     print(statistics.text(meta), flush=True)
     run.log("prepare", statistics.numbers(meta) | {"seconds": round(time.time() - started, 1)})
 
 
-def write_source(data: DataConfig, folder: Path, quarantine: Quarantine) -> None:
+def write_source(data: DataConfig, folder: Path, quarantine: Quarantine, cluster: ClusterConfig) -> None:
     """Canonical tables from what `data.source` names."""
     if data.source == "mall":
         from oxyray.data import mall
 
-        mall.write(data.mall, folder)
+        mall.write(data.mall, folder, cluster)
     else:
         from oxyray.data import importers
 

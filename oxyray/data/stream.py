@@ -38,21 +38,28 @@ class ItemFeatures:
 
 @dataclass
 class Collator:
-    """Segments of a timeline to a Batch. With `whole_catalogue` the item block holds every item and item indices stay catalogue indices."""
+    """Segments of a timeline to a Batch. With `whole_catalogue` the item block holds every item and item indices stay catalogue indices.
+    `negatives` is how many items `draw` draws for the item-level loss."""
 
     features: ItemFeatures
     profile_UP: Array
     weight_A: Array
     whole_catalogue: bool
+    negatives: int = 0
     _block: ItemBlock | None = field(default=None, repr=False)
 
-    def __call__(self, time: Timeline, segments: Segments, targets: bool = True) -> Batch:
+    def draw(self, *seed: int) -> Array | None:
+        """Items drawn uniformly from the catalogue, the same wherever the same is seeded; None where none are wanted."""
+        return np.random.default_rng(seed).integers(0, len(self.features.codes_IL), self.negatives) if self.negatives else None
+
+    def __call__(self, time: Timeline, segments: Segments, targets: bool = True, negative_N: Array | None = None) -> Batch:
         event_N, query_Q = _ranges(segments.start_B, segments.length_B), _ranges(segments.query_start_B, segments.query_length_B)
         start_Q = np.repeat(segments.start_B, segments.query_length_B)
         user_B = time.user_E[segments.query_start_B]
         item_N, trigger_Q = time.item_E[event_N], time.trigger_E[query_Q]
         target_Q = time.item_E[query_Q] if targets else np.full(len(query_Q), -1)
-        items, (item_N, trigger_Q, target_Q) = self._localise(item_N, trigger_Q, target_Q)
+        drawn_N = np.empty(0, np.int64) if negative_N is None else negative_N
+        items, (item_N, trigger_Q, target_Q, drawn_N) = self._localise(item_N, trigger_Q, target_Q, drawn_N)
         return Batch(
             items=items,
             user_B=_long(user_B),
@@ -70,6 +77,7 @@ class Collator:
             target_Q=_long(target_Q),
             action_Q=_long(time.action_E[query_Q]),
             weight_Q=torch.from_numpy(self.weight_A[time.action_E[query_Q]].astype(np.float32)),
+            negative_N=None if negative_N is None else _long(drawn_N),
         )
 
     def _localise(self, *indices: Array) -> tuple[ItemBlock, tuple[Array, ...]]:
@@ -127,11 +135,15 @@ class SegmentStream:
                     continue
                 self.position = {"epoch": self.position["epoch"], "step": step + 1}
                 pieces = [segments.take(np.arange(rank + world * m, len(segments), world * micro_batches)) for m in range(micro_batches)]
-                yield [self.collate(time, piece) if len(piece) else self._weightless(time, segments) for piece in pieces]
+                drawn_N = self.collate.draw(self.seed, self.position["epoch"], step)
+                yield [
+                    self.collate(time, piece, negative_N=drawn_N) if len(piece) else self._weightless(time, segments, drawn_N)
+                    for piece in pieces
+                ]
             self.position = {"epoch": self.position["epoch"] + 1, "step": 0}
 
-    def _weightless(self, time: Timeline, segments: Segments) -> Batch:
-        batch = self.collate(time, segments.take(np.arange(1)))
+    def _weightless(self, time: Timeline, segments: Segments, drawn_N: Array | None) -> Batch:
+        batch = self.collate(time, segments.take(np.arange(1)), negative_N=drawn_N)
         return dataclasses.replace(batch, weight_Q=torch.zeros_like(batch.weight_Q))
 
     def _epoch(self, epoch: int) -> Iterator[tuple[Timeline, Segments]]:

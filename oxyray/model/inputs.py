@@ -34,7 +34,7 @@ class Inputs:
         catalogue is not of `version`."""
         prepared = Prepared.load(run.need("data", stage="prepare"))
         catalog = Catalog.load(run.need("sid", "catalog", stage="sid"), version)
-        if list(catalog.item_ids) != prepared.items["item_id"].to_pylist():
+        if list(catalog.item_ids) != prepared.item_ids.to_pylist():
             raise CatalogueError(f"{run.path('sid')} has SIDs of other items than {run.path('data')}: run `oxyray sid` again")
         vectors = run.path("sid", "vectors.npy")
         text_IF = np.load(vectors, allow_pickle=False, mmap_mode="r") if vectors.exists() else None
@@ -73,7 +73,9 @@ class Inputs:
         if action_weights is not None and (missing := [name for name in actions if name not in action_weights]):
             raise ConfigError(f"train.action_weights: no weight for {missing}; give every action one")
         weight_A = np.array([1.0 if action_weights is None else action_weights[name] for name in actions])
-        return Collator(self.features, self.prepared.profile_UP, weight_A, whole_catalogue=config.head == "tied")
+        some = config.head == "codes" or config.item_negatives < self.vocab.items
+        negatives = min(config.item_negatives, self.vocab.items) if config.item_loss and some else 0
+        return Collator(self.features, self.prepared.profile_UP, weight_A, config.head == "tied", negatives)
 
 
 def check_beams(config: Config, inputs: Inputs) -> None:

@@ -5,6 +5,7 @@ Legend: Q queries, U items, n nodes of a level, D width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,19 +57,17 @@ def vocabulary_nll(hidden_QD: Tensor, vector_VD: Tensor, target_Q: Tensor) -> Te
     return F.cross_entropy(hidden_QD @ vector_VD.T, target_Q, reduction="none")
 
 
-def item_nll(query_QD: Tensor, item_UD: Tensor, target_Q: Tensor, negatives: int) -> tuple[Tensor, Tensor | None]:
-    """Item-level softmax: over all U items, or over the target and `negatives` uniformly drawn items with the log of the sampling rate
-    corrected. Gives the loss (Q,) and, from the full softmax, the probabilities (Q, U) without gradient.
+def item_nll(query_QD: Tensor, item_UD: Tensor, target_Q: Tensor, negative_N: Tensor | None, items: int) -> tuple[Tensor, Tensor | None]:
+    """Item-level softmax: over all U items where `negative_N` is None, or over the target and those drawn uniformly from the catalogue of
+    `items`, with the log of the sampling rate corrected. Gives the loss (Q,) and, from the full softmax, the probabilities (Q, U) without
+    gradient.
 
     An accidental draw of the target itself is masked out.
     """
-    items = len(item_UD)
-    if negatives <= 0 or negatives >= items:
+    if negative_N is None:
         logprob_QU = torch.log_softmax(query_QD @ item_UD.T, dim=-1)
         return -logprob_QU.gather(1, target_Q[:, None])[:, 0], logprob_QU.detach().exp()
-    drawn_N = torch.randint(items, (negatives,), device=item_UD.device)
-    correction = torch.log(torch.tensor((items - 1) / negatives))
-    logit_QN = query_QD @ item_UD[drawn_N].T + correction
-    logit_QN = logit_QN.masked_fill(drawn_N[None] == target_Q[:, None], -torch.inf)
+    logit_QN = query_QD @ item_UD[negative_N].T + math.log((items - 1) / len(negative_N))
+    logit_QN = logit_QN.masked_fill(negative_N[None] == target_Q[:, None], -torch.inf)
     positive_Q = (query_QD * item_UD[target_Q]).sum(-1)
     return torch.logsumexp(torch.cat([positive_Q[:, None], logit_QN], dim=1), dim=1) - positive_Q, None

@@ -91,7 +91,8 @@ class Policy(nn.Module):
         prob_QU = None
         parts: dict[str, Tensor] = {}
         if self.config.item_loss:
-            parts["item"], prob_QU = item_nll(self.item_query(hidden_QTD[:, 0]), item_UD, batch.target_Q, self.config.item_negatives)
+            query_QD = self.item_query(hidden_QTD[:, 0])
+            parts["item"], prob_QU = item_nll(query_QD, item_UD, batch.target_Q, batch.negative_N, self.vocab.items)
         if self.head.tied:
             parts |= self._tied_losses(hidden_QTD, vectors, batch.items.ids_U[batch.target_Q], prob_QU if self.config.distill else None)
         else:

@@ -24,8 +24,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from oxyray.cluster.start import ray_for
 from oxyray.config import ClusterConfig, SidConfig
-from oxyray.errors import ClusterError, ConfigError, DataError, RunError
+from oxyray.errors import ConfigError, DataError, RunError
 from oxyray.progress import bar
 from oxyray.sid.cache import VectorCache, text_keys
 
@@ -216,7 +217,8 @@ def _batches_ray(texts: list[str], folder: Path, config: SidConfig, cluster: Clu
     rows."""
     import ray
 
-    with _ray(cluster, config.workers):
+    with ray_for(cluster, config.workers, otherwise="sid.workers=1"):
+        ray.data.DataContext.get_current().enable_progress_bars = False
         resources = ray.cluster_resources()
         if resources.get("CPU", 0) < config.workers:
             raise RunError(
@@ -234,29 +236,6 @@ def _batches_ray(texts: list[str], folder: Path, config: SidConfig, cluster: Clu
         )
         for batch in _bounded(dataset.iter_batches(batch_size=None, batch_format="numpy"), _BATCH_TIMEOUT_S):
             yield batch["row"], np.stack(list(batch["vector"])).astype(np.float32)
-
-
-@contextmanager
-def _ray(cluster: ClusterConfig, workers: int) -> Iterator[None]:
-    """Ray as it runs already, or started here and ended with the work."""
-    import ray
-
-    mine = not ray.is_initialized()
-    if mine:
-        cpus, store = (cluster.cpus or workers, int(cluster.object_store_gb * 2**30)) if cluster.address == "local" else (None, None)
-        try:
-            ray.init(address=cluster.address, num_cpus=cpus, object_store_memory=store, include_dashboard=False, log_to_driver=False)
-        except Exception as error:  # Ray raises even plain `Exception` where a node does not come up in time
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ClusterError(
-                f"cluster.address={cluster.address}: {said}: see `oxyray doctor`, or set sid.workers=1 to do without Ray"
-            ) from error
-    try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        yield
-    finally:
-        if mine:
-            ray.shutdown()
 
 
 def _bounded(source: Any, timeout_s: float) -> Iterator[Any]:

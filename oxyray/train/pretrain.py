@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from oxyray import errors
-from oxyray.cluster.start import start
+from oxyray.cluster.start import ray_for
 from oxyray.config import Config, from_dict, to_dict
 from oxyray.errors import ConfigError, OxyrayError, RunError, TrainingError
 from oxyray.files import read_json, write_json
@@ -51,7 +51,7 @@ def pretrain(config: Config, run: Run) -> None:
     for name in ("stop", "error.json", "progress.json"):
         (folder / name).unlink(missing_ok=True)
     del inputs  # the workers read their own
-    with _ray(config), _Watch(folder) as watch, _stop_on_sigterm(folder / "stop"):
+    with ray_for(config.cluster, config.train.workers), _Watch(folder) as watch, _stop_on_sigterm(folder / "stop"):
         _fit(config, run)
     _raise_left_error(folder)
     if (folder / "stop").exists():
@@ -200,20 +200,6 @@ def _summary(folder: Path) -> str:
     end = read_json(folder / "progress.json")
     best = "" if end["best"] is None else f"; best validation hit rate {end['best']:.4f}"
     return f"pretrain: {end['ended']} at step {end['step']}, {end['minutes']:.1f} minutes{best}; the model is of step {end['best_step']}"
-
-
-@contextmanager
-def _ray(config: Config) -> Iterator[None]:
-    """Ray as it runs already, or one of this stage's own that ends with it."""
-    import ray
-
-    mine = not ray.is_initialized()
-    start(config.cluster, local_cpus=config.train.workers, quiet=True)
-    try:
-        yield
-    finally:
-        if mine:
-            ray.shutdown()
 
 
 @contextmanager

@@ -97,7 +97,8 @@ def _pieces(config: Config, inputs: Inputs) -> list[_Piece]:
             of_scenario = rows[time.scenario_E[rows] == scenario]
             for first in range(0, len(of_scenario), config.generate.requests_per_batch):
                 part = of_scenario[first : first + config.generate.requests_per_batch]
-                batch = collate(time, request_segments(time, part, config.model.history))
+                drawn_N = collate.draw(config.train.seed, first)
+                batch = collate(time, request_segments(time, part, config.model.history), negative_N=drawn_N)
                 pieces.append(_Piece(batch, prepared.meta.scenarios[scenario], time.item_E[part]))
     return pieces
 

@@ -140,9 +140,20 @@ def test_ragged_logsumexp_equals_a_loop():
 def test_sampled_item_loss_is_close_to_the_full_one():
     torch.manual_seed(0)
     query, items, target = torch.randn(50, 8).double() * 0.3, torch.randn(400, 8).double(), torch.randint(400, (50,))
-    full = item_nll(query, items, target, 0)[0].mean()
-    sampled = torch.stack([item_nll(query, items, target, 200)[0].mean() for _ in range(200)]).mean()
+    full = item_nll(query, items, target, None, 400)[0].mean()
+    sampled = torch.stack([item_nll(query, items, target, torch.randint(400, (200,)), 400)[0].mean() for _ in range(200)]).mean()
     assert float(sampled) == pytest.approx(float(full), abs=0.05)
+
+
+@pytest.mark.parametrize("head", ["tied", "codes"])
+def test_the_loss_does_not_depend_on_how_a_step_is_cut(head: str) -> None:
+    toy = Toy(head=head)
+    segments, drawn = training_segments(toy.timeline, toy.config.history), toy.collate.draw(3)
+    losses = []
+    for pieces in (1, 4):
+        batches = [toy.collate(toy.timeline, segments.take(np.arange(n, len(segments), pieces)), negative_N=drawn) for n in range(pieces)]
+        losses.append(sum(toy.policy.loss(batch, toy.lookup(batch.lookups())).total.item() for batch in batches))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_a_catalogue_of_another_width_is_refused():

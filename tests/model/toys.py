@@ -36,7 +36,7 @@ class Toy:
             "dropout": 0.0,
             "row_dim": 8,
             "history": 6,
-            "item_negatives": 0,
+            "item_negatives": 0 if head == "tied" else 9,
         }
         self.config = ModelConfig(**(config | {"head": head} | model))  # type: ignore[arg-type]
         self.policy = Policy(self.config, self.vocab, self.index).double().eval()
@@ -44,7 +44,10 @@ class Toy:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
         side = np.stack([random.integers(0, size, items) for size in self.vocab.side], axis=1)
         self.features = ItemFeatures(torch.from_numpy(self.codes_IL), torch.from_numpy(side), torch.randn(items, 7).double())
-        self.collate = Collator(self.features, random.integers(0, 5, (users, 1)), np.array([1.0, 2.0, 4.0]), head == "tied")
+        weight_A = np.array([1.0, 2.0, 4.0])
+        self.collate = Collator(self.features, random.integers(0, 5, (users, 1)), weight_A, head == "tied", self.config.item_negatives)
+            self.features, random.integers(0, 5, (users, 1)), np.array([1.0, 2.0, 4.0]), head == "tied", self.config.item_negatives
+        )
         self.tables = {"item": torch.randn(items, 8).double(), "user": torch.randn(users, 8).double()}
         events = 12 * users
         self.timeline: Timeline = timeline(
@@ -64,7 +67,7 @@ class Toy:
         return {name: self.tables[name][index] for name, index in ids.items()}
 
     def training_batch(self) -> Batch:
-        return self.collate(self.timeline, training_segments(self.timeline, self.config.history))
+        return self.collate(self.timeline, training_segments(self.timeline, self.config.history), negative_N=self.collate.draw(1))
 
     def request_batch(self, events: np.ndarray) -> Batch:
         return self.collate(self.timeline, request_segments(self.timeline, events, self.config.history))

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from oxyray.config import MallConfig
+from oxyray.config import ClusterConfig, MallConfig
 from oxyray.data.mall import tables
 from oxyray.data.mall.parallel import InOrder, on_ray
 from oxyray.data.mall.pieces import ITEMS_PER_CHUNK, Shared, make_items, make_users
@@ -32,11 +32,11 @@ __all__ = ["SCENARIOS", "SIZES", "World", "write"]
 _FILES = {"users": "users", "hidden": "truth/users", "events": "events", "requests": "truth/requests", "exposures": "exposures"}
 
 
-def write(config: MallConfig, folder: Path) -> None:
+def write(config: MallConfig, folder: Path, cluster: ClusterConfig | None = None) -> None:
     """Write the shop as `folder`, whole or not at all: items, users, events, exposures, pools, complements, calendar, and `truth/`.
 
-    The same configuration gives the same bytes on any number of workers. Raises ConfigError where the sizes cannot make a shop,
-    ClusterError where workers were asked for and Ray fails.
+    The same configuration gives the same bytes on any number of workers; several are Ray's, on `cluster`. Raises ConfigError where the
+    sizes cannot make a shop, ClusterError where workers were asked for and Ray fails.
     """
     world = World.make(config)
     with whole(Path(folder)) as part:
@@ -44,7 +44,7 @@ def write(config: MallConfig, folder: Path) -> None:
         pq.write_table(tables.pools_table(world), part / "pools.parquet")
         pq.write_table(tables.complements_table(world), part / "complements.parquet")
         pq.write_table(tables.calendar_table(world.calendar), part / "calendar.parquet")
-        with _in_order(Shared.make(world), config.workers) as in_order:
+        with _in_order(Shared.make(world), config.workers, cluster or ClusterConfig()) as in_order:
             _write_items(world, in_order, part)
             _write_users(world, in_order, part)
         about = {"mall": dataclasses.asdict(config) | {"workers": 1}, "version": world.version(), "weights": _plain(world.weights)}
@@ -52,9 +52,9 @@ def write(config: MallConfig, folder: Path) -> None:
 
 
 @contextmanager
-def _in_order(shared: Shared, workers: int) -> Iterator[InOrder]:
+def _in_order(shared: Shared, workers: int, cluster: ClusterConfig) -> Iterator[InOrder]:
     if workers > 1 and blocks(shared.world) > 1:
-        with on_ray(shared, workers) as in_order:
+        with on_ray(shared, workers, cluster) as in_order:
             yield in_order
     else:
 

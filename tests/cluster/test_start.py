@@ -1,0 +1,69 @@
+"""The one way to Ray: every stage that uses it joins the cluster that is asked for, or says within its limit why not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from oxyray.cluster.start import ray_for
+from oxyray.config import ClusterConfig, Config, MallConfig, SidConfig, from_dict
+from oxyray.data import mall
+from oxyray.errors import ClusterError
+from oxyray.sid.encoder import encode
+
+# Two blocks of users, so that there is work for more than one worker.
+SHOP = {"size": "tiny", "seed": 3, "workers": 2}
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address where no cluster listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_every_stage_asks_the_cluster_that_it_was_given(tmp_path: Path, nobody: str) -> None:
+    cluster = ClusterConfig(address=nobody, start_timeout_s=20)
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=rf"cluster.address={nobody}: no answer .*data.mall.workers=1 does without Ray"):
+        mall.write(MallConfig(**SHOP), tmp_path / "shop", cluster)
+    assert not (tmp_path / "shop").exists()
+    with pytest.raises(ClusterError, match=rf"cluster.address={nobody}: no answer .*sid.workers=1 does without Ray"):
+        encode(["a pan", "a pot"], SidConfig(workers=2, cache_dir=str(tmp_path / "cache")), cluster)
+    with pytest.raises(ClusterError, match=rf"cluster.address={nobody}: no answer"), ray_for(cluster, 1):
+        pass
+    assert time.monotonic() - began < 60
+
+
+def test_prepare_hands_the_cluster_down(tmp_path: Path, nobody: str) -> None:
+    from oxyray.data.prepare import prepare
+    from oxyray.run import Run
+
+    values = {"run_dir": str(tmp_path), "cluster": {"address": nobody}, "data": {"name": "shop", "source": "mall", "mall": SHOP}}
+    with pytest.raises(ClusterError, match=f"cluster.address={nobody}"):
+        prepare(from_dict(Config, values), Run(tmp_path))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_prepare_and_sid_work_on_the_running_cluster(tmp_path: Path, running_cluster: tuple[str, Path]) -> None:
+    """Who joined is read from the cluster's own logs: each driver leaves one."""
+    address, logs = running_cluster
+    words = ["cluster=running", "data.mall.size=tiny", "data.mall.workers=2", "sid.workers=2", f"sid.cache_dir={tmp_path}/cache"]
+    words += [f"run_dir={tmp_path}/run", "sid.width=16"]
+    for number, stage in enumerate(("prepare", "sid"), 1):
+        done = subprocess.run(
+            [sys.executable, "-m", "oxyray", stage, *words],
+            capture_output=True, text=True, timeout=400, cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": address},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        drivers = list(logs.glob("python-core-driver-*"))
+        assert len(drivers) == number, f"{stage} did not join: {drivers}"
