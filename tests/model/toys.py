@@ -46,8 +46,6 @@ class Toy:
         self.features = ItemFeatures(torch.from_numpy(self.codes_IL), torch.from_numpy(side), torch.randn(items, 7).double())
         weight_A = np.array([1.0, 2.0, 4.0])
         self.collate = Collator(self.features, random.integers(0, 5, (users, 1)), weight_A, head == "tied", self.config.item_negatives)
-            self.features, random.integers(0, 5, (users, 1)), np.array([1.0, 2.0, 4.0]), head == "tied", self.config.item_negatives
-        )
         self.tables = {"item": torch.randn(items, 8).double(), "user": torch.randn(users, 8).double()}
         events = 12 * users
         self.timeline: Timeline = timeline(
