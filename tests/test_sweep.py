@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 # A shop that is made in a moment.
-SMALL = ["data.mall.size=tiny", "data.mall.items=140", "sid.width=64", "data.mall.users=20", "data.mall.days=20", "cluster.object_store_gb=0.1"]
+SMALL = [
+    "data.mall.size=tiny",
+    "data.mall.items=140",
+    "sid.width=64",
+    "data.mall.users=20",
+    "data.mall.days=20",
+    "cluster.object_store_gb=0.1",
+]
 
 
 def oxyray(*words: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:

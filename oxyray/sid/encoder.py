@@ -41,7 +41,7 @@ _FORMAT = "1"  # raise when the vectors of the same files and text would change
 
 def item_texts(items: pa.Table) -> list[str]:
     """One text an item: title, brand, categories, description, those present. An item with none is read as its item_id."""
-    columns = {name: items.column(name).to_pylist() for name in items.column_names if name in _TEXT_COLUMNS}
+    columns = {name: items.column(name).to_pylist() for name in items.column_names if name in TEXT_COLUMNS}
     ids = items.column("item_id").to_pylist()
     texts = []
     for row, item_id in enumerate(ids):
@@ -60,7 +60,7 @@ def item_texts(items: pa.Table) -> list[str]:
 
 
 _CATEGORIES = ("category_1", "category_2", "category_3")
-_TEXT_COLUMNS = ("title", "brand", *_CATEGORIES, "description")
+TEXT_COLUMNS = ("title", "brand", *_CATEGORIES, "description")
 
 
 def encoder_folder(name: str) -> Path:
