@@ -193,7 +193,11 @@ class TrainEngine:
         return dict(zip(sums, values, strict=True))
 
     def _step_dense(self, leaves: Leaves, losses: dict[str, float]) -> float:
-        """Check all, then step. Returns the norm of the dense gradient before clipping."""
+        """Check all, then step. Returns the norm of the dense gradient before clipping.
+
+        ZeRO 1 to 3 take the norm over all ranks' parts themselves and leave weights and moments alone where it is not finite, so there it
+        can be read afterwards; stage 0 would step.
+        """
         whole = self._sum_over_ranks([float(not leaves.finite())])[0] == 0 and math.isfinite(sum(losses.values()))
         norm = None
         if whole and self.optim.zero_stage == 0:

@@ -16,7 +16,7 @@ from oxyray.errors import TrainingError
 from oxyray.model.tables import TableSpec
 from oxyray.train.engine import TrainEngine, schedule
 from tests.model.toys import Toy
-from tests.train.toy import SPECS, Reference, ToyBatch, ToyPolicy, global_steps
+from tests.train.toy import SPECS, Loss, Reference, ToyBatch, ToyPolicy, global_steps
 from tests.train.train_workers import run
 
 OPTIM = OptimConfig(lr=0.02, table_lr=0.1, clip=0.7, weight_decay=0.01, warmup_share=0.2)
@@ -82,26 +82,52 @@ def everything() -> dict[str, Any]:
     world = dist.get_world_size()
     found = {f"{kind}{stage}": train(stage, head=None if kind == "toy" else kind) for kind, stage in trials(world)}
     found["bf16"] = train(2, "bf16")
-    found["not_finite"] = [refuses(stage) for stage in range(world - 1, 4)]
+    found["not_finite"] = [refuses(stage, ToyPolicy(), bad_target=True) for stage in range(world - 1, 4)]
+    found["infinite"] = [refuses(stage, SteepPolicy(), bad_target=False) for stage in range(4)]
     return found
 
 
-def refuses(stage: int) -> str:
-    """A NaN in one micro-batch of one rank stops every rank, before tables or weights change."""
-    engine = TrainEngine(ToyPolicy(), SPECS, dataclasses.replace(OPTIM, zero_stage=stage), total_steps=STEPS, micro_batches=1, seed=5)
-    before = (engine.gather_dense(), engine.tables.plain().tables)
-    batch = ToyBatch.random(4, 1)
-    if dist.get_rank() == 0:
+class SteepPolicy(ToyPolicy):
+    """Once `steep`, the loss of rank 0 has a root at 0: finite, as are the rows' gradients, and infinitely steep in one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooted = torch.nn.Parameter(torch.ones(2))
+        self.steep = False
+
+    def loss(self, batch: ToyBatch, rows: dict[str, torch.Tensor]) -> Loss:
+        found = super().loss(batch, rows)
+        taken = torch.tensor([1.0 if self.steep and dist.get_rank() == 0 else 0.0, 0.0])
+        return Loss(found.total + (self.rooted - self.rooted.detach() * taken).sqrt().sum(), found.parts)
+
+
+def refuses(stage: int, policy: ToyPolicy, bad_target: bool) -> str:
+    """After a good step, a NaN target or an infinite gradient on one rank stops every rank, before tables, weights or moments change."""
+    engine = TrainEngine(
+        policy, SPECS, dataclasses.replace(OPTIM, zero_stage=stage), total_steps=STEPS, micro_batches=1, seed=5, deepspeed=SPLIT_ALL
+    )
+    engine.step([ToyBatch.random(4, 1)])
+    before = state(engine)
+    batch = ToyBatch.random(4, 2)
+    if bad_target and dist.get_rank() == 0:
         batch.target_n[0] = torch.nan
+    policy.steep = not bad_target
     message = ""
     try:
         engine.step([batch])
     except TrainingError as error:
         message = str(error)
-    after = (engine.gather_dense(), engine.tables.plain().tables)
+    after = state(engine)
     engine.close()
-    same = all(torch.equal(b[name], a[name]) for b, a in zip(before, after, strict=True) for name in b)
-    return message if same else "changed"
+    return message if all(torch.equal(value, after[name]) for name, value in before.items()) else f"changed: {message}"
+
+
+def state(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    """All that a step changes: weights and moments of the dense part, tables and their optimizer's state."""
+    found = {f"{name}.{kind}": value.clone() for name, values in engine.dense() for kind, value in values.items()}
+    for shard in engine.tables.shards():
+        found |= {f"{shard.table}.{kind}": value.clone() for kind, value in {"weight": shard.weight, **shard.state}.items()}
+    return found
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -149,9 +175,20 @@ def test_not_finite_loss_stops_before_any_change(results: Any) -> None:
     found, _ = results
     for rank in found:
         for message in rank["not_finite"]:
-            assert "step 1" in message
+            assert message.startswith("step 2")
             assert "not finite" in message
-            assert "squared" in message
+            assert "squared nan" in message
+
+
+def test_infinite_gradient_of_a_finite_loss_stops_before_any_change(results: Any) -> None:
+    """For every ZeRO stage, on every rank."""
+    found, _ = results
+    for rank in found:
+        assert len(rank["infinite"]) == 4
+        for message in rank["infinite"]:
+            assert message.startswith("step 2: the loss or its gradient is not finite")
+            assert "nan" not in message
+            assert "inf" not in message.replace("not finite", "")
 
 
 def test_time_shares_are_measured(results: Any) -> None:
