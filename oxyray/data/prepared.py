@@ -7,6 +7,8 @@ Items and users are numbered by their row in `items.parquet` and `users.parquet`
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,7 +103,25 @@ class Prepared:
 
     @cached_property
     def items(self) -> pa.Table:
+        """All columns, with descriptions and pictures: for many items much memory. `item_columns` reads less."""
         return self._table("items.parquet")
+
+    def item_columns(self, *names: str) -> pa.Table:
+        """Those of the named columns that the items have."""
+        return self._table("items.parquet", [name for name in names if name in self._item_names])
+
+    @cached_property
+    def item_ids(self) -> pa.ChunkedArray:
+        return self._table("items.parquet", ["item_id"])["item_id"]
+
+    @cached_property
+    def user_ids(self) -> pa.ChunkedArray:
+        return self._table("users.parquet", ["user_id"])["user_id"]
+
+    @cached_property
+    def _item_names(self) -> list[str]:
+        with self._readable("items.parquet") as path:
+            return list(pq.read_schema(path).names)
 
     @cached_property
     def users(self) -> pa.Table:
@@ -139,10 +159,10 @@ class Prepared:
         return self._train_counts_I
 
     def item_index(self, item_id: str) -> int:
-        return self._index(self.items["item_id"], item_id, "item")
+        return self._index(self.item_ids, item_id, "item")
 
     def user_index(self, user_id: str) -> int:
-        return self._index(self.users["user_id"], user_id, "user")
+        return self._index(self.user_ids, user_id, "user")
 
     def _index(self, column: pa.ChunkedArray, value: str, what: str) -> int:
         place = pc.index(column, pa.scalar(str(value), pa.large_string())).as_py()
@@ -152,9 +172,14 @@ class Prepared:
         return int(place)
 
     def _table(self, name: str, columns: list[str] | None = None, filters: pc.Expression | None = None) -> pa.Table:
+        with self._readable(name) as path:
+            return pq.read_table(path, columns=columns, filters=filters)
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[Path]:
         path = self.folder / name
         try:
-            return pq.read_table(path, columns=columns, filters=filters)
+            yield path
         except FileNotFoundError:
             raise RunError(f"{path} is missing: run `oxyray prepare` again") from None
         except (pa.ArrowException, OSError) as error:

@@ -26,7 +26,7 @@ def best_possible(run: Run, prepared: Prepared, requests: Sequence[Requests], ks
     from oxyray.data.mall.optimum import Optimum
 
     optimum = Optimum(folder)
-    users = prepared.users["user_id"].to_pylist()
+    users = prepared.user_ids.to_pylist()
     user_ids = [users[user] for part in requests for user in part.user_R.tolist()]
     rows = optimum.rows_at(user_ids, np.concatenate([part.time.asked_E[part.row_R] for part in requests]))
     if len(rows) > MOST_REQUESTS:

@@ -54,8 +54,8 @@ class Writer:
 
     def __init__(self, path: Path, prepared: Prepared) -> None:
         self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd")
-        self._items = prepared.items["item_id"].combine_chunks()
-        self._users = prepared.users["user_id"].combine_chunks()
+        self._items = prepared.item_ids.combine_chunks()
+        self._users = prepared.user_ids.combine_chunks()
         self._scenarios = pa.array(prepared.meta.scenarios, pa.string())
 
     def __enter__(self) -> Writer:
@@ -101,7 +101,7 @@ class Predicted:
 def read(path: Path, prepared: Prepared, model: str, protocol: str) -> Predicted:
     """Raises RunError when ids of the file are not of this data."""
     table = pq.read_table(path, filters=(pc.field("model") == model) & (pc.field("protocol") == protocol))
-    items, users = prepared.items["item_id"], prepared.users["user_id"]
+    items, users = prepared.item_ids, prepared.user_ids
     return Predicted(
         request_R=table["request_id"].to_numpy(),
         user_R=_indices(table["user_id"], users, path),

@@ -55,10 +55,10 @@ class Goods:
     """Items as list entries of the page."""
 
     def __init__(self, prepared: Prepared) -> None:
-        self.prepared, self.names = prepared, set(prepared.items.column_names)
+        self.items = prepared.item_columns("item_id", "title", "price", "image")
 
     def entry(self, item: int, hit: bool = False, note: str = "") -> str:
-        row = {name: self.prepared.items[name][item].as_py() for name in ("item_id", "title", "price", "image") if name in self.names}
+        row = {name: self.items[name][item].as_py() for name in self.items.column_names}
         title = row.get("title") or row["item_id"]
         price = "" if row.get("price") is None else f"{row['price']:,.2f}"
         below = escape(" · ".join(part for part in (note, price) if part) or row["item_id"])

@@ -21,7 +21,7 @@ from oxyray.sid import rqkmeans
 from oxyray.sid.behaviour import Joiner, behaviour_vectors
 from oxyray.sid.catalog import Catalog
 from oxyray.sid.collisions import told_apart
-from oxyray.sid.encoder import encode, encoder_folder, encoder_identity, item_texts
+from oxyray.sid.encoder import TEXT_COLUMNS, encode, encoder_folder, encoder_identity, item_texts
 from oxyray.sid.quality import quality, table
 
 Array = np.ndarray
@@ -30,7 +30,7 @@ Array = np.ndarray
 def sid(config: Config, run: Run) -> None:
     """Encode, quantise, check, write; prints the quality table. Raises CatalogueError where the items are too few for `sid.width`."""
     prepared = Prepared.load(run.need("data", stage="prepare"))
-    settings, items = config.sid, prepared.items
+    settings, items = config.sid, prepared.item_columns("item_id", *TEXT_COLUMNS)
     if items.num_rows < settings.width:
         raise CatalogueError(
             f"{items.num_rows} items are fewer than the {settings.width} codes of a level: "
