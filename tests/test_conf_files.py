@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from oxyray.cli.compose import check, choices, compose_config, conf_dir
 from oxyray.cli.help import reference
 from oxyray.config import Config
 from oxyray.config.keys import keys
+from oxyray.pipeline import STAGES
 
 ROOT = Path(__file__).parents[1]
 CHOICES = [(group, choice) for group, names in choices().items() for choice in names]
@@ -26,6 +28,25 @@ def test_every_choice_composes_into_a_valid_configuration(group: str, choice: st
     needs += ["data.mall.size=large"] if (group, choice) == ("sid", "large") else []  # 8,192 codes need a shop of that size
     config = composed(f"{group}={choice}", *needs)
     assert config.run_dir.startswith("runs/")
+
+
+def test_no_choice_of_data_stands_on_a_folder_that_only_some_have() -> None:
+    for choice in choices()["data"]:
+        path = yaml.safe_load((conf_dir() / "data" / f"{choice}.yaml").read_text()).get("path")
+        assert path in (None, "???"), f"data={choice} looks for {path}, wherever the command is given"
+
+
+def test_what_the_how_to_says_to_type_is_valid() -> None:
+    text = (ROOT / "docs" / "how_to.md").read_text()
+    said = re.findall(r"^(oxyray [^#\n]*=[^#\n]*?) *(?:#|$)", text, re.M) + re.findall(r"`(oxyray [^`]*data=[^`]*)`", text)
+    assert len(said) >= 5
+    for line in said:
+        stage, *words = (word for word in line.split()[1:] if word != "-m")
+        assert stage == "run" or stage in [each.name for each in STAGES]
+        if "-m" in line:
+            check(words, sweep=True)
+        else:
+            composed(*words)
 
 
 @pytest.mark.parametrize("path", sorted(conf_dir().rglob("*.yaml")), ids=lambda path: str(path.relative_to(conf_dir())))
