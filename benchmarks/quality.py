@@ -32,9 +32,11 @@ def main() -> None:
     run = Run(config.run_dir)
     results = read_json(run.path("evaluate", "metrics.json"))
     report = Report(results["data"], to_dict(config), [config.seed])
+    minutes = config.evaluate.sasrec.max_minutes
+    limit = f"; SASRec was stopped after {minutes:g} minutes" if minutes else ""
     for protocol, title in PROTOCOLS.items():
         for level in ("item", "sid"):
-            show(report, results, protocol, level, f"{level} level, {title}: {results['requests']:,} test requests")
+            show(report, results, protocol, level, f"{level} level, {title}: {results['requests']:,} test requests{limit}")
     scenarios(report, results)
     training(report, run)
     goals(report, results)

@@ -38,19 +38,23 @@ def summary(results: list[dict[str, Any]]) -> str:
     """HR@10 at item level of every model on every data set, in both protocols; nothing where there are no quality results."""
     cells: dict[str, dict[str, Any]] = {}
     heads: list[str] = []
+    notes: list[str] = []
     for result in results:
         for table in result["tables"]:
             level, _, protocol = table["title"].partition(":")[0].partition(", ")
             if level != "item level" or "HR@10" not in table["columns"]:
                 continue
             heads.append(f"{result['name'].replace('_', ' ')}, {protocol}")
+            if (note := table["title"].partition("; ")[2]) and (told := f"{result['name'].replace('_', ' ')}: {note}.") not in notes:
+                notes.append(told)
             place = table["columns"].index("HR@10")
             for row in table["rows"]:
                 cells.setdefault(row[0], {})[heads[-1]] = row[place]
     if not heads:
         return ""
     lines = [_row(["HR@10, item level", *heads]), _row(["---", *["---:"] * len(heads)])]
-    return "\n".join(lines + [_row([model, *(_cell(found.get(head)) for head in heads)]) for model, found in cells.items()]) + "\n\n"
+    lines += [_row([model, *(_cell(found.get(head)) for head in heads)]) for model, found in cells.items()]
+    return "\n".join([*lines, "", *notes] if notes else lines) + "\n\n"
 
 
 def renewed(name: str, page: str, body: str) -> str:

@@ -31,12 +31,16 @@ def test_the_summary_sets_models_beside_data_and_protocols() -> None:
     def quality(name: str, policy: float) -> dict:
         columns = ["model", "HR@1", "HR@10"]
         rows = [["OxyRay policy", 0.01, policy], ["SASRec", 0.02, 0.05]]
-        titles = ["item level, as specified: 9 test requests", "SID level, as specified: 9 test requests"]
+        titles = [
+            f"item level, as specified: 9 test requests{'; cut short' if name == 'b_shop' else ''}",
+            "SID level, as specified: 9 test requests",
+        ]
         return {"name": name, "tables": [{"title": title, "columns": columns, "rows": rows} for title in titles]}
 
     text = summary([RESULT, quality("a_shop", 0.1), quality("b_shop", 0.2)])
     assert text.splitlines()[0] == "| HR@10, item level | a shop, as specified | b shop, as specified |"
     assert "| OxyRay policy | 0.1000 | 0.2000 |" in text
+    assert text.endswith("\n\nb shop: cut short.\n\n")
     assert summary([RESULT]) == ""
 
 
