@@ -23,9 +23,9 @@ SMALL = [
 ]
 
 
-def oxyray(*words: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+def oxyray(*words: str, cwd: Path, limit: float = 280, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | more
-    return subprocess.run([sys.executable, "-m", "oxyray", *words], capture_output=True, text=True, timeout=280, cwd=cwd, env=environment)
+    return subprocess.run([sys.executable, "-m", "oxyray", *words], capture_output=True, text=True, timeout=limit, cwd=cwd, env=environment)
 
 
 def jobs(folder: Path) -> list[dict[str, Any]]:
@@ -80,6 +80,30 @@ def test_jobs_run_side_by_side_on_a_ray_of_their_own_and_use_ray_themselves(tmp_
     assert "error: job 0 (data=tables): " in done.stderr
     assert [job["error"] is None for job in jobs(tmp_path / "sweep")] == [False, True]
     assert (tmp_path / "sweep" / "1" / "data" / "meta.json").is_file()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_jobs_that_train_share_the_base_and_one_ray(tmp_path: Path) -> None:
+    """As docs/how_to.md says it: the base is prepared first, then the jobs train side by side, each on workers of its own."""
+    words = [*SMALL, "model=tiny", f"sid.cache_dir={tmp_path}/cache", f"run_dir={tmp_path}/base"]
+    words += ["train.max_steps=2", "train.eval_requests=20", "cluster.cpus=2", "cluster.start_timeout_s=300"]
+    for stage in ("prepare", "sid"):
+        done = oxyray(stage, *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    swept = ["-m", "hydra/launcher=ray", "model.dropout=0.1,0.3", f"hydra.sweep.dir={tmp_path}/sweep"]
+    done = oxyray("pretrain", *swept, *words, cwd=tmp_path, limit=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 jobs, 2 at a time" in done.stdout
+    assert [job["error"] for job in jobs(tmp_path / "sweep")] == [None, None]
+    for number, dropout in enumerate((0.1, 0.3)):
+        run = tmp_path / "sweep" / str(number)
+        assert f"dropout: {dropout}" in (run / "config.yaml").read_text()
+        assert (run / "sid").resolve() == tmp_path / "base" / "sid"
+        assert json.loads((run / "pretrain" / "progress.json").read_text())["step"] == 2
+        assert (run / "pretrain" / "model" / "model.json").is_file()
+    assert not (tmp_path / "base" / "pretrain").exists()
 
 
 @pytest.mark.ray
