@@ -38,8 +38,9 @@ class Shop:
         finest = max((name for name in names if name.startswith("category")), default=None)
         category_I = prepared.side_IC[:, names.index(finest)] if finest else np.zeros(prepared.meta.items)
         price_I = np.full(prepared.meta.items, np.nan)
-        if "price" in prepared.items.column_names:
-            price_I = prepared.items["price"].to_numpy().astype(np.float64)
+        prices = prepared.item_columns("price")
+        if prices.num_columns:
+            price_I = prices["price"].to_numpy().astype(np.float64)
         return cls(
             scenarios=prepared.meta.scenarios,
             pool_SI=torch.from_numpy(np.stack([prepared.pools[name] for name in prepared.meta.scenarios])),
