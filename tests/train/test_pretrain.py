@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     made, _ = prepared_run(tmp_path_factory.mktemp("shop"))
     train = TrainConfig(
-        epochs=15, targets_per_step=40, workers=2, eval_requests=20, eval_every_epochs=5, save_every_minutes=0.02, max_restarts=2,
+        epochs=30, targets_per_step=40, workers=2, eval_requests=20, eval_every_epochs=10, save_every_minutes=0.005, max_restarts=2,
         optim=OptimConfig(zero_stage=2),
     )  # fmt: skip
     return dataclasses.replace(made, train=train, cluster=ClusterConfig(object_store_gb=0.1, start_timeout_s=300))
@@ -80,7 +80,7 @@ def test_a_killed_worker_repeats_no_batch_and_loses_none(config: Config, tmp_pat
         os.kill(progress["pids"][1], signal.SIGKILL)
         killed.append(progress["step"])
 
-    killer = when_at(tmp_path / "hit", 3, kill)
+    killer = when_at(tmp_path / "hit", 10, kill)
     run = Run(hit.run_dir)
     pretrain(hit, run)
     killer.join(timeout=10)
