@@ -19,12 +19,13 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.harness import Report, arguments
+from oxyray.config import RankerConfig
 from oxyray.data.stream import ItemFeatures
 from oxyray.model.items import Vocab
 from oxyray.model.layers import Tensor
 from oxyray.reward.packing import Packer, RankBatch
 from oxyray.reward.pages import Pages
-from oxyray.reward.ranker import Fusion, Ranker, RankerConfig
+from oxyray.reward.ranker import Fusion, Ranker
 
 SEED, ITEMS, HISTORY, PAGE, TEXT = 7, 12_000, 50, 12, 384
 

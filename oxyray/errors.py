@@ -7,6 +7,10 @@ class OxyrayError(Exception):
     """Base of all errors that OxyRay raises on purpose; the command line prints its message alone, without a traceback."""
 
 
+class Stopped(OxyrayError):
+    """The work was asked to end early (SIGTERM) and did, with everything saved; says how to go on. No failure: the exit code is 0."""
+
+
 class ConfigError(OxyrayError):
     """The configuration cannot work: unknown key, wrong type, impossible combination."""
 

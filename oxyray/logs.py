@@ -78,6 +78,16 @@ def attempt(run_folder: Path, words: list[str]) -> Iterator[Path]:
             root.setLevel(level)
 
 
+def log_warnings(run_folder: Path, name: str) -> None:
+    """A process's warnings go to `NAME.log` in the attempt's folder, where there is one."""
+    folder = run_folder / "logs" / "latest"
+    if folder.is_dir():
+        handler = logging.FileHandler(folder / f"{name}.log", delay=True)
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter(_FORMAT))
+        logging.getLogger().addHandler(handler)
+
+
 def _point(link: Path, target: str) -> None:
     beside = link.with_name(f".latest.{os.getpid()}")
     beside.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ class Stage:
     """`work` is the stage function or its `module:name`.
 
     `beside` are folders that it writes besides its own. `settings` are the configuration keys that decide the result, less those in
-    `speed`.
+    `speed`. It needs the stages in `reads`, and uses those in `uses` where they have been made.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Stage:
     folder: str
     beside: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     speed: tuple[str, ...] = ()
     files: Callable[[Config], list[Path]] = lambda config: []
@@ -64,6 +65,12 @@ def source_files(config: Config) -> list[Path]:
         return []
     path = Path(config.data.path).expanduser()
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def _on_workers(group: str) -> tuple[str, ...]:
+    """Settings of a training run that change its speed alone."""
+    names = ("workers", "gpu", "threads_per_worker", "micro_batches", "optim.zero_stage", "save_every_minutes", "keep_checkpoints")
+    return tuple(f"{group}.{name}" for name in (*names, "max_restarts", "timeout_s", "profile_steps"))
 
 
 STAGES: tuple[Stage, ...] = (
@@ -93,9 +100,28 @@ STAGES: tuple[Stage, ...] = (
         folder="pretrain",
         reads=("prepare", "sid"),
         settings=("model", "train"),
+        speed=_on_workers("train"),
+    ),
+    Stage(
+        name="rank",
+        about="train the ranker that judges what the policy generates",
+        work="oxyray.train.rank:rank",
+        folder="rank",
+        reads=("prepare", "sid"),
+        settings=("rank",),
+        speed=_on_workers("rank"),
+    ),
+    Stage(
+        name="align",
+        about="align the policy to the shop's goals by rewards",
+        work="oxyray.align.stage:align",
+        folder="align",
+        reads=("prepare", "sid", "pretrain", "rank"),
+        settings=("align", "reward", "generate"),
         speed=(
-            *("train.workers", "train.gpu", "train.threads_per_worker", "train.micro_batches", "train.optim.zero_stage"),
-            *("train.save_every_minutes", "train.keep_checkpoints", "train.max_restarts", "train.timeout_s", "train.profile_steps"),
+            *("align.learners", "align.rollouts", "align.judges", "align.layout", "align.threads_per_process", "align.gpu"),
+            *("align.shared_memory", "align.optim.zero_stage", "align.save_every_steps", "align.max_restarts", "align.timeout_s"),
+            *("reward.retries", "generate.requests_per_batch"),
         ),
     ),
     Stage(
@@ -104,6 +130,7 @@ STAGES: tuple[Stage, ...] = (
         work="oxyray.evaluate.runner:evaluate",
         folder="evaluate",
         reads=("prepare", "sid", "pretrain"),
+        uses=("align",),
         settings=("seed", "generate", "evaluate"),
         speed=("generate.requests_per_batch",),
     ),
@@ -113,6 +140,7 @@ STAGES: tuple[Stage, ...] = (
         work="oxyray.evaluate.report:report",
         folder="report",
         reads=("prepare", "sid", "pretrain", "evaluate"),
+        uses=("rank", "align"),
     ),
 )
 
@@ -139,7 +167,7 @@ def plan(config: Config, names: Sequence[str], stages: Sequence[Stage] = STAGES)
     run = Run(config.run_dir)
     steps: list[tuple[str, str | None]] = []
     for stage in (_named(name, stages) for name in names):
-        remade = [name for name, why in steps if why is not None and name in stage.reads]
+        remade = [name for name, why in steps if why is not None and name in stage.reads + stage.uses]
         why = "asked for by force=true" if config.force else why_stale(stage, config, run)
         steps.append((stage.name, why or (f"{remade[0]} is made anew" if remade else None)))
     return steps
@@ -182,7 +210,7 @@ def why_stale(stage: Stage, config: Config, run: Run, *, check_files: bool = Tru
     changed = _differences(_deciding(stage, stamp["settings"]), _settings(stage, config))
     if changed:
         return f"made with other settings: {changed[0]}" + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
-    for name in stage.reads:
+    for name in stage.reads + stage.uses:
         if stamp["inputs"].get(name) != _made(name, run):
             return f"{name} was made anew since"
     if check_files and stamp["files"] != _files(stage, config):
@@ -201,7 +229,7 @@ def _run(stage: Stage, config: Config, run: Run, stages: Sequence[Stage], counte
     stamp = {
         "stage": stage.name,
         "settings": _settings(stage, config),
-        "inputs": {name: _made(name, run) for name in stage.reads},
+        "inputs": {name: _made(name, run) for name in stage.reads + stage.uses},
         "files": _files(stage, config),
     }
     for folder in (stage.folder, *stage.beside):
@@ -218,8 +246,10 @@ def _run(stage: Stage, config: Config, run: Run, stages: Sequence[Stage], counte
 
 
 def _need_earlier(stage: Stage, config: Config, run: Run, stages: Sequence[Stage]) -> None:
-    for earlier in (_named(name, stages) for name in stage.reads):
+    for earlier in (_named(name, stages) for name in stage.reads + stage.uses):
         why = why_stale(earlier, config, run, check_files=False)
+        if why == "not made yet" and earlier.name in stage.uses:
+            continue
         if why == "not made yet":
             raise RunError(
                 f"{stage.name} needs {earlier.name}, which {run.folder} does not hold: run `oxyray {earlier.name}` (or `oxyray run`) first"

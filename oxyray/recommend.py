@@ -15,7 +15,7 @@ from oxyray.data.requests import request_segments, timeline
 from oxyray.errors import DataError
 from oxyray.generate.engine import Generator
 from oxyray.model.inputs import Inputs
-from oxyray.model.saved import read_model
+from oxyray.model.saved import model_folder, read_model
 from oxyray.run import Run
 
 _SHOWN_HISTORY = 8
@@ -78,7 +78,7 @@ class Recommender:
         missing."""
         place = Run(run)
         inputs = Inputs.load(place)
-        policy, tables = read_model(place.need("pretrain", "model", stage="pretrain"), inputs, device)
+        policy, tables = read_model(model_folder(place), inputs, device)
         generate = place.config().generate
         beams = min(generate.beams, inputs.catalog.index.leaves)
         generator = Generator(policy, tables.lookup, inputs.catalog.index, inputs.prepared.train_counts_I(), beams, generate.normalise)

@@ -14,7 +14,7 @@ import pytest
 import oxyray
 from oxyray.run import Run
 
-STAGES = ["prepare", "sid", "pretrain", "evaluate", "report"]
+STAGES = ["prepare", "sid", "pretrain", "rank", "align", "evaluate", "report"]
 
 
 def command(folder: Path, *words: str) -> str:

@@ -28,10 +28,12 @@ from oxyray.data.stream import SegmentStream
 from oxyray.errors import TrainingError
 from oxyray.files import whole
 from oxyray.model.inputs import Inputs
+from oxyray.model.policy import Policy
 from oxyray.model.saved import about_model, read_model, write_model
 from oxyray.run import Run
 from oxyray.train import checkpoint
 from oxyray.train.engine import TrainEngine
+from oxyray.train.validate import Validation
 
 Array = np.ndarray
 
@@ -47,7 +49,9 @@ class Judged:
 class Learner:
     """Starts from the supervised model (or from the newest checkpoint in `checkpoints`), and publishes its tables into `folder`."""
 
-    def __init__(self, config: Config, settings: AlignConfig, folder: Path, checkpoints: Path, rank: int, world: int) -> None:
+    def __init__(
+        self, config: Config, settings: AlignConfig, folder: Path, checkpoints: Path, rank: int, world: int, device: str = "cpu"
+    ) -> None:
         self.config, self.settings, self.rank, self.world = config, settings, rank, world
         run = Run(config.run_dir)
         self.inputs = Inputs.load(run)
@@ -62,8 +66,8 @@ class Learner:
         if found:
             aligned.load_state_dict(found.weights())
         self.engine = TrainEngine(
-            aligned, self.inputs.tables(model), settings.optim, total_steps=settings.steps, micro_batches=settings.pieces // world,
-            seed=settings.seed, moments=found.moments() if found else None,
+            aligned, self.inputs.tables(model), settings.optim, total_steps=settings.steps, device=device,
+            micro_batches=settings.pieces // world, seed=settings.seed, moments=found.moments() if found else None,
         )  # fmt: skip
         if found:
             found.load_tables(self.engine.tables)
@@ -75,6 +79,8 @@ class Learner:
         self._published = {s.table: PublishedShard(folder, s.table, rank, s.first, *s.weight.shape) for s in shards}
         self._touched: dict[str, list[Array]] | None = None  # ids; None: all, as nothing was published yet
         self._supervised = self._stream()
+        self._validation = Validation(config, self.inputs, rank, world)
+        self._twin: Policy | None = None
 
     @property
     def step(self) -> int:
@@ -107,6 +113,10 @@ class Learner:
         weights = self.engine.gather_dense()
         return {name.removeprefix("policy."): value.numpy() for name, value in weights.items()}
 
+    def validate(self) -> dict[str, float]:
+        """Loss and hit rates by generation on the validation sample. Collective."""
+        return self._validation.measure(self.engine, self._whole_policy()) if self._validation.requests else {}
+
     def save(self, meta: dict[str, Any]) -> None:
         """A checkpoint, whole or absent. Collective."""
         checkpoint.save(
@@ -127,9 +137,18 @@ class Learner:
         for shard in self._published.values():
             shard.close()
 
+    def _whole_policy(self) -> Policy:
+        """The policy, or a copy where ZeRO-3 keeps only pieces of it. Collective."""
+        if self.settings.optim.zero_stage < 3:
+            return self._policy
+        self._twin = self._twin or self.inputs.policy(self._policy.config).to(self.engine.device)
+        weights = {name.removeprefix("policy."): values["weight"] for name, values in self.engine.dense(moments=False)}
+        self._twin.load_state_dict(weights, strict=False)
+        return self._twin
+
     def _lesson(self, rolled: Rolled, judged: Judged, supervised: Batch | None) -> Lesson:
         batch = self.requests.at(rolled.step)[rolled.piece]
-        target_B = self._policy.tree.leaf_of_item()[batch.items.ids_U[batch.target_Q]].long()
+        target_B = self._policy.tree.leaf_of_item().cpu()[batch.items.ids_U[batch.target_Q]].long()
         path_BJL = paths(self.inputs, torch.cat([torch.from_numpy(rolled.leaf_BG).long(), target_B[:, None]], dim=1))
         return Lesson(
             requests=batch,

@@ -61,18 +61,19 @@ class Pools:
 
 
 class Rollout:
-    def __init__(self, config: Config, settings: AlignConfig, folder: Path) -> None:
-        """`folder` is where the learners publish their tables."""
+    def __init__(self, config: Config, settings: AlignConfig) -> None:
         self.settings = settings
         self.inputs = Inputs.load(Run(config.run_dir))
         self.policy = self.inputs.policy(replace(config.model, dropout=0.0)).eval()
         self.requests = Requests(self.inputs, config.model, settings)
         self.pools = Pools(self.inputs, self.policy.tree)
-        self._folder, self._readers = folder, dict[str, TableReader]()
+        self._folder, self._readers = Path(), dict[str, TableReader]()
         self.version = -1
 
-    def load(self, version: int, weights: Mapping[str, Array]) -> int:
-        """Take over the dense weights of a version; gives it back."""
+    def load(self, version: int, weights: Mapping[str, Array], folder: Path) -> int:
+        """Take over the dense weights of a version, whose tables are published in `folder`; gives it back."""
+        if folder != self._folder:
+            self._folder, self._readers = folder, {}
         self.policy.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()}, strict=False)
         self.version = version
         return version

@@ -1,7 +1,7 @@
 """The command line: `oxyray STAGE [key=value ...]`.
 
-Exit codes: 0 done; 2 the command or its configuration cannot work; 1 anything else; 130 interrupted. What a person can mend is one line
-without a traceback; what they cannot keeps its traceback and names the log.
+Exit codes: 0 done, or stopped on request with all saved; 2 the command or its configuration cannot work; 1 anything else; 130 interrupted.
+What a person can mend is one line without a traceback; what they cannot keeps its traceback and names the log.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from oxyray.cli.run import complain, known_error, log_hint, perform, rehearse
 from oxyray.config import ClusterConfig, RecommendConfig, from_dict
-from oxyray.errors import ConfigError, OxyrayError
+from oxyray.errors import ConfigError, OxyrayError, Stopped
 from oxyray.pipeline import STAGES
 from oxyray.run import Run
 
@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             complain(f"unexpected {type(error).__name__}, see above; {log_hint(command.run_dir)}")
             return 1
+        if isinstance(known, Stopped):
+            print(known)
+            return 0
         complain(str(known))
         return 2 if isinstance(known, ConfigError) else 1
 

@@ -16,8 +16,10 @@ from oxyray.config.align import AlignConfig, ObjectiveConfig
 from oxyray.config.cluster import ClusterConfig, TrackingConfig
 from oxyray.config.data import MALL_ITEMS, DataConfig, MallConfig, SidConfig
 from oxyray.config.evaluate import EvaluateConfig, RecommendConfig, SasrecConfig
-from oxyray.config.model import GenerateConfig, ModelConfig, OptimConfig, TrainConfig
+from oxyray.config.model import GenerateConfig, ModelConfig
 from oxyray.config.plain import from_dict, need, to_dict
+from oxyray.config.reward import RewardConfig
+from oxyray.config.train import CourseConfig, OptimConfig, RankConfig, RankerConfig, TrainConfig
 
 
 @dataclass(kw_only=True)
@@ -36,6 +38,9 @@ class Config:
     sid: SidConfig = field(default_factory=SidConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     recommend: RecommendConfig = field(default_factory=RecommendConfig)
@@ -65,6 +70,7 @@ __all__ = [
     "AlignConfig",
     "ClusterConfig",
     "Config",
+    "CourseConfig",
     "DataConfig",
     "EvaluateConfig",
     "GenerateConfig",
@@ -72,7 +78,10 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "RankConfig",
+    "RankerConfig",
     "RecommendConfig",
+    "RewardConfig",
     "SasrecConfig",
     "SidConfig",
     "TrackingConfig",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from oxyray.config.model import OptimConfig
 from oxyray.config.plain import need
+from oxyray.config.train import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,10 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         for key in ("tau_positive", "tau_negative", "clip_high", "epsilon"):
-            need(getattr(self, key) > 0, f"align.objective.{key}", f"must be positive, got {getattr(self, key)}")
-        need(0 < self.clip < 1, "align.objective.clip", f"must lie in (0, 1), got {self.clip}")
+            need(getattr(self, key) > 0, f".{key}", f"must be positive, got {getattr(self, key)}")
+        need(0 < self.clip < 1, ".clip", f"must lie in (0, 1), got {self.clip}")
         for key in ("early", "kl"):
-            need(getattr(self, key) >= 0, f"align.objective.{key}", f"must be 0 or more, got {getattr(self, key)}")
+            need(getattr(self, key) >= 0, f".{key}", f"must be 0 or more, got {getattr(self, key)}")
 
 
 @dataclass(kw_only=True)
@@ -58,10 +58,14 @@ class AlignConfig:
     staleness: versions that candidates may be behind the policy that learns from them; 0 waits for every step, 1 generates while it learns
     learners: learning processes, one rank each
     rollouts: generating processes
+    judges: processes that compute rewards
     layout: colocated puts learners and rollout workers on the same devices, split keeps them apart
+    threads_per_process: CPU threads of each process; null: the cores divided by the processes
+    gpu: auto uses GPUs where there are any
+    shared_memory: folder in memory through which tables are handed over on a node
     eval_every_steps: steps between two validations
     save_every_steps: steps between two checkpoints
-    max_restarts: deaths of a rollout or reward worker that a run survives
+    max_restarts: deaths of a rollout worker or judge that a run survives, and of learners
     timeout_s: longest wait for any answer of another process, in seconds
     seed: of requests and draws
     """
@@ -78,31 +82,31 @@ class AlignConfig:
     staleness: int = 1
     learners: int = 1
     rollouts: int = 1
+    judges: int = 1
     layout: Literal["colocated", "split"] = "colocated"
+    threads_per_process: int | None = None
+    gpu: Literal["auto", "never"] = "auto"
+    shared_memory: str = "/dev/shm"
     eval_every_steps: int = 20
     save_every_steps: int = 20
-    max_restarts: int = 2
+    max_restarts: int = 4
     timeout_s: float = 300.0
     seed: int = 7
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, table_lr=0.005))
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "requests_per_step",
-            "pieces",
-            "learners",
-            "rollouts",
-            "supervised_targets",
-            "eval_every_steps",
-            "save_every_steps",
-        ):
-            need(getattr(self, name) >= 1, f"align.{name}", f"must be at least 1, got {getattr(self, name)}")
-        need(self.group >= 2, "align.group", f"an advantage needs at least 2 candidates, got {self.group}")
-        need(self.pieces % self.learners == 0, "align.pieces", f"must be a multiple of align.learners={self.learners}, got {self.pieces}")
-        need(self.temperature > 0, "align.temperature", f"must be positive, got {self.temperature}")
-        need(0 <= self.synthetic_share <= 1, "align.synthetic_share", f"is a share in [0, 1], got {self.synthetic_share}")
+        counts = ("steps", "requests_per_step", "pieces", "learners", "rollouts", "judges", "supervised_targets")
+        for name in (*counts, "eval_every_steps", "save_every_steps"):
+            need(getattr(self, name) >= 1, f".{name}", f"must be at least 1, got {getattr(self, name)}")
+        need(self.group >= 2, ".group", f"an advantage needs at least 2 candidates, got {self.group}")
+        need(self.pieces % self.learners == 0, ".pieces", f"must be a multiple of the learners ({self.learners}), got {self.pieces}")
+        need(self.temperature > 0, ".temperature", f"must be positive, got {self.temperature}")
+        need(0 <= self.synthetic_share <= 1, ".synthetic_share", f"is a share in [0, 1], got {self.synthetic_share}")
         for name in ("supervised_rate", "staleness", "max_restarts"):
-            need(getattr(self, name) >= 0, f"align.{name}", f"must be 0 or more, got {getattr(self, name)}")
-        need(self.timeout_s > 0, "align.timeout_s", f"must be positive, got {self.timeout_s}")
+            need(getattr(self, name) >= 0, f".{name}", f"must be 0 or more, got {getattr(self, name)}")
+        threads = self.threads_per_process
+        need(threads is None or threads > 0, ".threads_per_process", f"must be positive or null, got {threads}")
+        least = self.pieces
+        need(self.requests_per_step >= least, ".requests_per_step", f"must give every piece a request: at least {least}")
+        need(self.timeout_s > 0, ".timeout_s", f"must be positive, got {self.timeout_s}")

@@ -47,8 +47,9 @@ def groups() -> dict[str, str]:
 
 
 def abouts(cls: type) -> dict[str, str]:
-    """The lines `key: what it means` of a class's docstring."""
-    return {m[1]: m[2] for line in (inspect.getdoc(cls) or "").splitlines() if (m := _ABOUT.match(line))}
+    """The lines `key: what it means` of the docstrings of a class and of those that it extends."""
+    docs = [inspect.cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__)]
+    return {m[1]: m[2] for doc in docs for line in doc.splitlines() if (m := _ABOUT.match(line))}
 
 
 def _walk(cls: type, where: str) -> typing.Iterator[Key]:

@@ -15,7 +15,8 @@ _WORDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true
 
 
 def need(ok: bool, key: str, why: str) -> None:
-    """Raises ConfigError about `key` unless `ok`."""
+    """Raises ConfigError about `key` unless `ok`. A key that begins with a dot is one of a group that stands in several places; `from_dict`
+    says in which."""
     if not ok:
         raise ConfigError(f"{key}: {why}")
 
@@ -38,7 +39,13 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     for name, spec in known.items():
         if name not in values and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}{name}: missing, and it has no default")
-    return cls(**{key: _convert(value, hints[key], f"{where}{key}") for key, value in values.items()})
+    converted = {key: _convert(value, hints[key], f"{where}{key}") for key, value in values.items()}
+    try:
+        return cls(**converted)
+    except ConfigError as error:
+        if str(error).startswith("."):
+            raise ConfigError(f"{where.removesuffix('.')}{error}") from None
+        raise
 
 
 def to_dict(config: Any) -> dict[str, Any]:

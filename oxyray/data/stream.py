@@ -168,9 +168,7 @@ class SegmentStream:
         steps = self._steps_of(segments)
         if steps == 0:
             return
-        bounds, nth = np.searchsorted(np.cumsum(size[order]), np.linspace(0, size.sum(), steps + 1)[1:-1]), np.arange(steps - 1)
-        bounds = np.maximum.accumulate(bounds - nth).clip(1, max(len(order) - steps + 1, 1)) + nth  # no step is empty
-        pieces = np.split(order, bounds)
+        pieces = cut_evenly(order, size[order], steps)
         for k in random.permutation(len(pieces)):
             yield random.permutation(pieces[k])
 
@@ -186,6 +184,13 @@ class SegmentStream:
 
     def _part_steps(self, part: int) -> int:
         return self._steps_of(self._part(part)[1])
+
+
+def cut_evenly(order_B: Array, size_B: Array, pieces: int) -> list[Array]:
+    """`order_B` cut into `pieces` of about the same sum of `size_B`; none is empty."""
+    ends, nth = np.linspace(0, size_B.sum(), pieces + 1)[1:-1], np.arange(pieces - 1)
+    bounds = np.maximum.accumulate(np.searchsorted(np.cumsum(size_B), ends) - nth)
+    return np.split(order_B, bounds.clip(1, max(len(order_B) - pieces + 1, 1)) + nth)
 
 
 def _ranges(start_B: Array, length_B: Array) -> Array:

@@ -32,7 +32,7 @@ from oxyray.evaluate.table import published, text
 from oxyray.files import whole, write_json
 from oxyray.generate.engine import Generator
 from oxyray.model.inputs import Inputs, check_beams
-from oxyray.model.saved import read_model
+from oxyray.model.saved import model_folder, read_model
 from oxyray.progress import bar
 from oxyray.run import Run, versions
 
@@ -45,19 +45,20 @@ _SCORES_PER_CALL = 1 << 25
 class PolicyRecommender:
     """The policy behind the generator, asked by scenario, since each scenario has a pool of its own."""
 
-    name = "policy"
-
-    def __init__(self, generator: Generator, collate: Collator, prepared: Prepared, history: int, device: str = "cpu") -> None:
+    def __init__(
+        self, generator: Generator, collate: Collator, prepared: Prepared, history: int, device: str = "cpu", name: str = "policy"
+    ) -> None:
+        self.name = name
         self.generator, self.collate, self.prepared, self.history, self.device = generator, collate, prepared, history, device
 
     @classmethod
-    def load(cls, config: Config, run: Run, inputs: Inputs, device: str) -> PolicyRecommender:
-        """The run's exported model. Raises RunError naming the stage that is missing, ConfigError for too many beams."""
+    def load(cls, config: Config, inputs: Inputs, folder: Path, device: str, name: str = "policy") -> PolicyRecommender:
+        """An exported model. Raises RunError naming the stage that is missing, ConfigError for too many beams."""
         check_beams(config, inputs)
-        policy, tables = read_model(run.need("pretrain", "model", stage="pretrain"), inputs, device)
+        policy, tables = read_model(folder, inputs, device)
         counts_I = inputs.prepared.train_counts_I()
         generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, config.generate.beams, config.generate.normalise)
-        return cls(generator, inputs.collator(policy.config), inputs.prepared, policy.config.history, device)
+        return cls(generator, inputs.collator(policy.config), inputs.prepared, policy.config.history, device, name)
 
     def recommend(self, requests: Requests, depth: int) -> Lists:
         item_RK = np.full((len(requests), depth), -1, dtype=np.int64)
@@ -74,12 +75,15 @@ class PolicyRecommender:
 
 
 def evaluate(config: Config, run: Run) -> None:
-    """Read RUN/data, RUN/sid and RUN/pretrain/model; write RUN/evaluate whole or not at all, and SASRec's weights to RUN/baselines
-    for the next time."""
+    """Read RUN/data, RUN/sid and the policy; write RUN/evaluate whole or not at all, and SASRec's weights to RUN/baselines for the next
+    time. Where the policy was aligned, the supervised one that it started from stands beside it."""
     inputs = Inputs.load(run)
+    check_beams(config, inputs)
     device = "cuda" if config.train.gpu == "auto" and torch.cuda.is_available() else "cpu"
-    policy = PolicyRecommender.load(config, run, inputs, device)
-    models: list[Recommends] = [policy, *baselines(config, run, inputs.prepared, device)]
+    folders = {"policy": model_folder(run), "supervised": model_folder(run, aligned=False)}
+    names = ["policy"] if folders["policy"] == folders["supervised"] else ["policy", "supervised"]
+    models: list[Recommends] = [PolicyRecommender.load(config, inputs, folders[name], device, name) for name in names]
+    models += baselines(config, run, inputs.prepared, device)
     with whole(run.path("evaluate")) as part:
         part.mkdir(parents=True)
         requests = list(asked(inputs.prepared, TEST, config.evaluate.max_requests, config.seed))

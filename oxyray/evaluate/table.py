@@ -15,7 +15,13 @@ Results = dict[str, Any]
 
 TITLES = {"all": "as specified: the scenario's whole pool", "seen_out": "seen out: items of the user's history left out"}
 LEVEL_TITLES = {"item": "item level", "sid": "SID level (items that share a SID count as one)"}
-MODEL_TITLES = {"policy": "OxyRay policy", "popularity": "popularity", "knn": "co-visitation KNN", "sasrec": "SASRec"}
+MODEL_TITLES = {
+    "policy": "OxyRay policy",
+    "supervised": "before alignment",
+    "popularity": "popularity",
+    "knn": "co-visitation KNN",
+    "sasrec": "SASRec",
+}
 OPTIMUM_TITLES = {"public": "best possible, from the log", "hidden": "best possible, shopper known"}
 _SHORT = {"Recall": "R", "NDCG": "N"}
 

@@ -1,6 +1,7 @@
-"""The exported model, `RUN/pretrain/model/`: `policy.safetensors`, `tables.safetensors`, `model.json`. All that serving needs beside data
-and catalogue.
- `model.json` says what the weights were trained for: the model's configuration, the sizes of its vocabulary, the catalogue's version, the
+"""The exported policy, `RUN/pretrain/model/` and `RUN/align/model/`: `policy.safetensors`, `tables.safetensors`, `model.json`. All that
+serving needs beside data and catalogue.
+
+`model.json` says what the weights were trained for: the model's configuration, the sizes of its vocabulary, the catalogue's version, the
 data's fingerprint, the step. Reading it back checks each against the run it is read into.
 """
 
@@ -22,8 +23,18 @@ from oxyray.model.inputs import Inputs
 from oxyray.model.items import Vocab
 from oxyray.model.policy import Policy
 from oxyray.model.tables import PlainTables
+from oxyray.run import Run
 
 Tensor = torch.Tensor
+
+
+def model_folder(run: Run, aligned: bool = True) -> Path:
+    """The exported policy: the aligned one where there is one that was made since the supervised one was trained, else that. Raises
+    RunError where nothing is trained."""
+    supervised, after = run.need("pretrain", "model", stage="pretrain"), run.path("align", "model")
+    about = after / "model.json"
+    newer = about.is_file() and about.stat().st_mtime >= (supervised / "model.json").stat().st_mtime
+    return after if aligned and newer else supervised
 
 
 def about_model(config: ModelConfig, inputs: Inputs, **more: Any) -> dict[str, Any]:

@@ -16,48 +16,17 @@ a text vector, H heads of the ranker (click, cart, purchase).
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from oxyray.config import RewardConfig
+from oxyray.config.reward import DEFAULT
 from oxyray.errors import ConfigError, RewardError
-from oxyray.reward.components import BUILT_IN, Candidates, Reward, Shop
+from oxyray.reward.components import BUILT_IN, Candidates, Diversity, Format, Relative, Reward, Shop
 
 Tensor = torch.Tensor
-DEFAULT = "default"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """What a generated item is worth.
-
-    components: name of a reward: a built-in one (format, relative, click, conversion, gmv, diversity), or the path of one's own class
-    weights: scenario or default: component: weight; what a scenario leaves out is as in default, what default leaves out is 1
-    """
-
-    components: dict[str, str] = field(default_factory=lambda: {name: name for name in BUILT_IN})
-    weights: dict[str, dict[str, float]] = field(
-        default_factory=lambda: {DEFAULT: {"format": 1.0, "relative": 0.1, "click": 1.0, "conversion": 1.0, "gmv": 0.0, "diversity": 0.1}}
-    )
-
-    def __post_init__(self) -> None:
-        for name, path in self.components.items():
-            if path not in BUILT_IN and path.count(":") != 1:
-                raise ConfigError(
-                    f"reward.components.{name}: {path!r} is neither built in ({', '.join(BUILT_IN)}) nor a path like my_shop.rewards:Margin"
-                )
-        for scenario, weights in self.weights.items():
-            for name, weight in weights.items():
-                if name not in self.components:
-                    raise ConfigError(f"reward.weights.{scenario}.{name}: no such component; known are {', '.join(self.components)}")
-                if not math.isfinite(weight):
-                    raise ConfigError(f"reward.weights.{scenario}.{name}: must be a number, got {weight}")
-
-    def weight(self, scenario: str, component: str) -> float:
-        default = self.weights.get(DEFAULT, {}).get(component, 1.0)
-        return self.weights.get(scenario, {}).get(component, default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +51,11 @@ class Mapping:
             for name in config.components
         }
         self._rewards = {name: _make(name, path)(shop) for name, path in config.components.items() if self._weight_S[name].any()}
+
+    @property
+    def needs_chances(self) -> bool:
+        """Whether any built-in reward in use reads the ranker's answer; a class of one's own may, too."""
+        return any(not isinstance(reward, Format | Relative | Diversity) for reward in self._rewards.values())
 
     def __call__(self, candidates: Candidates) -> Rewards:
         """Raises RewardError when a component fails or gives a score that is not a finite number."""

@@ -6,6 +6,7 @@ width of a text vector.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ Array = np.ndarray
 class RankBatch:
     """Packed samples. `items` holds the batch's distinct items, and `item_C` and `trigger_R` (-1: none) point into it. `visible_R` counts
     the pages of its own sample that a page knows. Pages of a sample lie at `page_offset`, items of a page at `item_offset`; both are
-    cumulative with a leading 0. Only `asked_R` pages are scored. `query_RF` is zero where there is no query, None without text vectors."""
+    cumulative with a leading 0. Only `asked_R` pages are scored. `query_RF` is zero where there is no query, None without text vectors. A
+    batch that does not `count` only keeps its worker in step with the others."""
 
     items: ItemBlock
     user_B: Tensor
@@ -39,13 +41,18 @@ class RankBatch:
     done_C: Tensor
     seen_C: Tensor
     query_RF: Tensor | None
+    counts: bool = True
+
+    def weight(self) -> float:
+        """Judged items: what the mean of the loss divides by."""
+        return float(torch.diff(self.item_offset)[self.asked_R].sum()) if self.counts else 0.0
 
     def lookups(self) -> dict[str, Tensor]:
         """Rows that `ranker(batch, rows)` needs, by table, in the order it expects them."""
         return {"item": self.items.ids_U, "user": self.user_B}
 
     def to(self, device: torch.device | str) -> RankBatch:
-        moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in vars(self).items()}
+        moved: dict[str, Any] = {name: value.to(device) if hasattr(value, "to") else value for name, value in vars(self).items()}
         return RankBatch(**moved)
 
     def page_C(self) -> Tensor:
@@ -64,13 +71,14 @@ class Packer:
     features: ItemFeatures
     profile_UP: Array
 
-    def pack(self, pages: Pages, taken: Stretches) -> RankBatch:
+    def pack(self, pages: Pages, taken: Stretches, counts: bool = True) -> RankBatch:
         """Stretches of the log, for training and evaluation."""
         length_B = taken.stop_B - taken.start_B
         row_R = ranges(taken.start_B, length_B)
         start_R = np.repeat(taken.start_B, length_B)
         visible_R = self._visible(pages, row_R, start_R)
-        return self._batch(pages, row_R, length_B, visible_R, row_R >= np.repeat(taken.asked_B, length_B))
+        batch = self._batch(pages, row_R, length_B, visible_R, row_R >= np.repeat(taken.asked_B, length_B))
+        return dataclasses.replace(batch, counts=counts)
 
     def requests(
         self,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from oxyray.config import Config, to_dict
-from oxyray.model.inputs import Inputs
+from oxyray.config import CourseConfig, to_dict
 from oxyray.train.checkpoint import Checkpoint
 
-# A run goes on from its checkpoint when these change; any other change of `model` or `train` begins anew.
+# A run goes on from its checkpoint when these change; any other change of what is trained and how begins anew.
 MAY_CHANGE = (
     *("epochs", "max_minutes", "max_steps", "patience", "eval_every_epochs", "eval_requests", "workers", "threads_per_worker", "gpu"),
     *("micro_batches", "save_every_minutes", "keep_checkpoints", "max_restarts", "timeout_s", "profile_steps"),
@@ -29,26 +28,21 @@ class Course:
     ended: str = ""
 
 
-def identity(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """What a checkpoint must have been made with to be gone on from."""
-    settings = {name: value for name, value in to_dict(config.train).items() if name not in MAY_CHANGE}
-    settings["optim"] = {name: value for name, value in settings["optim"].items() if name != "zero_stage"}
-    return {
-        "model": to_dict(config.model),
-        "train": settings,
-        "catalogue": inputs.catalog.version,
-        "data": inputs.prepared.meta.fingerprint,
-    }
+def deciding(settings: CourseConfig) -> dict[str, Any]:
+    """The settings that decide what is trained: part of a task's identity."""
+    found = {name: value for name, value in to_dict(settings).items() if name not in MAY_CHANGE}
+    found["optim"] = {name: value for name, value in found["optim"].items() if name != "zero_stage"}
+    return found
 
 
-def limits(config: Config) -> dict[str, Any]:
+def limits(settings: CourseConfig) -> dict[str, Any]:
     """What ends a run."""
-    return {name: value for name, value in to_dict(config.train).items() if name in LIMITS}
+    return {name: value for name, value in to_dict(settings).items() if name in LIMITS}
 
 
-def begun_with(found: Checkpoint, config: Config, inputs: Inputs) -> str | None:
+def begun_with(found: Checkpoint, wanted_identity: dict[str, Any]) -> str | None:
     """The first thing in which a checkpoint differs from what this run would make, or None when it can be gone on from."""
-    saved, wanted = _flat(found.meta), _flat(identity(config, inputs))
+    saved, wanted = _flat(found.meta), _flat(wanted_identity)
     for name, value in wanted.items():
         if saved.get(name) != value:
             return f"{name} was {saved.get(name)} and is now {value}"

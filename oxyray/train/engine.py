@@ -209,8 +209,8 @@ class TrainEngine:
         if not whole or norm is None or not math.isfinite(norm):
             shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
             raise TrainingError(
-                f"step {self.step_count + 1}: the loss or its gradient is not finite (sums: {shown}): lower train.optim.lr or "
-                "train.optim.table_lr, or look for bad values in the data; the last checkpoint is whole"
+                f"step {self.step_count + 1}: the loss or its gradient is not finite (sums: {shown}): lower optim.lr or "
+                "optim.table_lr, or look for bad values in the data; the last checkpoint is whole"
             )
         return norm
 

@@ -11,14 +11,15 @@ from oxyray.train.engine import PARTS, StepStats
 class Meter:
     """Means since the last reading: losses, throughput over all ranks, and the shares of rank 0's time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, counted: str = "targets") -> None:
+        self.rate = f"{counted}_per_second"
         self.device, self.last, self.latest = device, dict[str, float](), dict[str, float]()
         self._clear()
 
-    def add(self, stats: StepStats, waited: float, targets: int, seconds: float) -> None:
+    def add(self, stats: StepStats, waited: float, examples: int, seconds: float) -> None:
         for name in PARTS:
             self.seconds[name] += stats.seconds[name] + (waited if name == "data" else 0.0)
-        self.targets += targets
+        self.examples += examples
         self.total_seconds += seconds
         self.weight += stats.weight
         for name, value in {"loss": stats.loss, **stats.parts}.items():
@@ -27,17 +28,17 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Collective."""
-        targets = torch.tensor(float(self.targets), dtype=torch.float64, device=self.device)
-        dist.all_reduce(targets)
+        examples = torch.tensor(float(self.examples), dtype=torch.float64, device=self.device)
+        dist.all_reduce(examples)
         found = {name: value / max(self.weight, 1e-12) for name, value in self.losses.items()} | self.latest
-        found["targets_per_second"] = float(targets) / max(self.total_seconds, 1e-9)
+        found[self.rate] = float(examples) / max(self.total_seconds, 1e-9)
         total = max(sum(self.seconds.values()), 1e-9)
         found |= {f"share_{name}": value / total for name, value in self.seconds.items()}
-        self.last = {"loss": found["loss"], "targets_per_second": found["targets_per_second"]}
+        self.last = {"loss": found["loss"], self.rate: found[self.rate]}
         self._clear()
         return found
 
     def _clear(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.targets, self.total_seconds, self.weight = 0, 0.0, 0.0
+        self.examples, self.total_seconds, self.weight = 0, 0.0, 0.0
         self.losses: dict[str, float] = {}

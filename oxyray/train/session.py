@@ -5,7 +5,7 @@ before each step, so all ranks make the same calls. A run goes on from its lates
 optimizer, the random numbers (seed and step) and the minutes already spent come from there, so that a killed run repeats no batch, loses
 none and ends with the same weights.
 
-Where what lies in `RUN/pretrain`: `checkpoints/` (the newest few), `best/` (the exported model of the best validation so far), `model/`
+Where what lies in the stage's folder: `checkpoints/` (the newest few), `best/` (the exported model of the best validation so far), `model/`
 (that model, when training is over), `progress.json` (how far, for the bar), `stop` (made by whoever wants a checkpoint and a clean end).
 """
 
@@ -18,52 +18,38 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from oxyray.config import Config
-from oxyray.data.batch import Batch
-from oxyray.data.stream import SegmentStream
 from oxyray.files import whole, write_json
-from oxyray.model.inputs import Inputs
-from oxyray.model.policy import Policy
-from oxyray.model.saved import about_model, write_model
 from oxyray.run import Run
 from oxyray.train import checkpoint
-from oxyray.train.course import Course, identity, limits
-from oxyray.train.engine import TrainEngine
+from oxyray.train.course import Course, limits
+from oxyray.train.engine import TrainBatch, TrainEngine
 from oxyray.train.meter import Meter
-from oxyray.train.validate import Validation
+from oxyray.train.task import Task
 
 
 class Session:
-    def __init__(self, config: Config, run: Run, device: torch.device | str = "cpu") -> None:
-        self.config, self.run, self.device = config, run, torch.device(device)
+    def __init__(self, task: Task, run: Run, device: torch.device | str = "cpu") -> None:
+        self.task, self.settings, self.run, self.device = task, task.settings, run, torch.device(device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.folder = run.path("pretrain")
-        self.inputs = Inputs.load(run)
-        train = config.train
-        self.stream = SegmentStream(
-            self.inputs.prepared,
-            self.inputs.collator(config.model, train.action_weights),
-            history=config.model.history,
-            targets_per_step=train.targets_per_step,
-            seed=train.seed,
-            one_query=not config.model.causal_encoder,
-            overfit_steps=train.overfit_batches,
-        )
+        self.folder = run.path(task.stage)
+        self.stream = task.stream()
+        settings = self.settings
         self.steps_per_epoch = self.stream.steps_per_epoch()
-        self.total_steps = min(max(1, math.ceil(train.epochs * self.steps_per_epoch)), train.max_steps or 2**62)
-        self.validate_every = max(1, round(train.eval_every_epochs * self.steps_per_epoch))
+        self.total_steps = min(max(1, math.ceil(settings.epochs * self.steps_per_epoch)), settings.max_steps or 2**62)
+        self.validate_every = max(1, round(settings.eval_every_epochs * self.steps_per_epoch))
         self.log_every = max(1, min(50, self.total_steps // 100))
-        self.validation = Validation(config, self.inputs, self.rank, self.world)
+        self.validation = task.validation(self.rank, self.world)
         self.course = Course()
         found = checkpoint.latest(self.folder / "checkpoints")
         self.engine = self._engine(found)
-        self._twin: Policy | None = None
-        self._meter = Meter(self.device)
+        self._twin: nn.Module | None = None
+        self._meter = Meter(self.device, task.counted)
         self._pids = self._gather(os.getpid())
         self._begun = self._saved_at = time.monotonic()
         self._minutes_before, self._told_at = self.course.minutes, 0.0
@@ -72,7 +58,7 @@ class Session:
 
     def train(self) -> None:
         """Train until a limit is reached or somebody asks to stop; leave a checkpoint and, when training is over, `model/`."""
-        batches = self.stream.batches(self.rank, self.world, self.config.train.micro_batches)
+        batches = self.stream.batches(self.rank, self.world, self.settings.micro_batches)
         with self._profiler() as profiler:
             while not self.course.ended:
                 share, wants_save = self._agree()
@@ -97,36 +83,36 @@ class Session:
         self.engine.close()
 
     def _engine(self, found: checkpoint.Checkpoint | None) -> TrainEngine:
-        torch.manual_seed(self.config.train.seed)
-        policy = self.inputs.policy(self.config.model)
+        torch.manual_seed(self.settings.seed)
+        module = self.task.module()
         if found:
-            policy.load_state_dict(found.weights())
+            module.load_state_dict(found.weights())
         engine = TrainEngine(
-            policy,
-            self.inputs.tables(self.config.model),
-            self.config.train.optim,
+            module,
+            self.task.tables(),
+            self.settings.optim,
             total_steps=self.total_steps,
             device=self.device,
-            micro_batches=self.config.train.micro_batches,
-            seed=self.config.train.seed,
+            micro_batches=self.settings.micro_batches,
+            seed=self.settings.seed,
             moments=found.moments() if found else None,
         )
         if found:
             found.load_tables(engine.tables)
             self.stream.load_state_dict(found.meta["position"])
             self.course = Course(**found.meta["course"])
-            if found.meta["limits"] != limits(self.config):
+            if found.meta["limits"] != limits(self.settings):
                 self.course.ended = ""  # asked to go on
         return engine
 
     def _agree(self) -> tuple[float, bool]:
         """Before a step: rank 0 says how much of the run is behind, and whether to end or save. Returns (share for the schedule, save
         after the step)."""
-        train, step = self.config.train, self.engine.step_count
+        settings, step = self.settings, self.engine.step_count
         now = time.monotonic()
         self.course.minutes = self._minutes_before + (now - self._begun) / 60
-        timed = self.course.minutes / train.max_minutes if train.max_minutes else 0.0
-        due = (now - self._saved_at) / 60 >= train.save_every_minutes
+        timed = self.course.minutes / settings.max_minutes if settings.max_minutes else 0.0
+        due = (now - self._saved_at) / 60 >= settings.save_every_minutes
         stop = (self.folder / "stop").exists() if self.rank == 0 else False
         told = torch.tensor([timed, float(due), float(stop)], dtype=torch.float64, device=self.device)
         dist.broadcast(told, 0)
@@ -134,19 +120,19 @@ class Session:
         if step >= self.total_steps:
             self.course.ended = "all steps done"
         elif timed >= 1:
-            self.course.ended = f"train.max_minutes={train.max_minutes:g} reached"
-        elif self.course.without_gain >= train.patience:
-            self.course.ended = f"no gain in {train.patience} validations"
+            self.course.ended = f"max_minutes={settings.max_minutes:g} reached"
+        elif self.course.without_gain >= settings.patience:
+            self.course.ended = f"no gain in {settings.patience} validations"
         elif stop:
             self.course.ended = "stopped"
         return max(step / self.total_steps, timed), due
 
-    def _step(self, batches: Iterator[list[Batch]], share: float) -> None:
+    def _step(self, batches: Iterator[list[TrainBatch]], share: float) -> None:
         begun = time.perf_counter()
         micro_batches = next(batches)
         waited = time.perf_counter() - begun
         stats = self.engine.step(micro_batches, min(share, 1.0))
-        self._meter.add(stats, waited, sum(int((batch.weight_Q > 0).sum()) for batch in micro_batches), time.perf_counter() - begun)
+        self._meter.add(stats, waited, sum(map(self.task.count, micro_batches)), time.perf_counter() - begun)
         if self.engine.step_count % self.log_every == 0 or self.engine.step_count in (1, self.total_steps):
             self._log({"epoch": round(self.engine.step_count / self.steps_per_epoch, 3)} | self._meter.read())
         self._tell()
@@ -158,32 +144,33 @@ class Session:
             self.course.best_step = self.engine.step_count
             return self._export({})
         begun = time.perf_counter()
-        found = self.validation.measure(self.engine, self._whole_policy())
+        found = self.validation.measure(self.engine, self._whole())
         self._log(found | {"valid_seconds": round(time.perf_counter() - begun, 2)})
-        if self.course.best is None or found["valid_hit"] > self.course.best:
-            self.course.best, self.course.best_step, self.course.without_gain = found["valid_hit"], self.engine.step_count, 0
+        reached = found[self.task.chosen_by]
+        if self.course.best is None or reached > self.course.best:
+            self.course.best, self.course.best_step, self.course.without_gain = reached, self.engine.step_count, 0
             self._export(found)
         else:
             self.course.without_gain += 1
         return None
 
-    def _whole_policy(self) -> Policy:
-        """A policy that can be asked outside the engine: the engine's own, or a copy where ZeRO-3 keeps only pieces of it."""
-        if self.config.train.optim.zero_stage < 3:
-            return cast(Policy, self.engine.policy)
-        self._twin = self._twin or self.inputs.policy(self.config.model).to(self.device)
+    def _whole(self) -> nn.Module:
+        """A module that can be asked outside the engine: the engine's own, or a copy where ZeRO-3 keeps only pieces of it."""
+        if self.settings.optim.zero_stage < 3:
+            return self.engine.policy
+        self._twin = self._twin or self.task.module().to(self.device)
         whole_weights = {name: values["weight"] for name, values in self.engine.dense(moments=False)}
         self._twin.load_state_dict(whole_weights, strict=False)
         return self._twin
 
     def _save(self) -> None:
         meta = {
-            **identity(self.config, self.inputs),
-            "limits": limits(self.config),
+            **self.task.identity(),
+            "limits": limits(self.settings),
             "position": self.stream.state_dict(),
             "course": asdict(self.course),
         }
-        checkpoint.save(self.folder / "checkpoints", self.engine, meta, self.config.train.keep_checkpoints)
+        checkpoint.save(self.folder / "checkpoints", self.engine, meta, self.settings.keep_checkpoints)
         self._saved_at = time.monotonic()
 
     def _export(self, found: dict[str, float]) -> None:
@@ -192,7 +179,7 @@ class Session:
         with place as part:
             weights = self.engine.gather_dense()
             if self.rank == 0:
-                write_model(part, weights, about_model(self.config.model, self.inputs, step=self.engine.step_count, **found))
+                self.task.write(part, weights, step=self.engine.step_count, **found)
             self.engine.tables.export(part / "tables.safetensors")
 
     def _publish(self) -> None:
@@ -205,7 +192,7 @@ class Session:
     def _log(self, values: dict[str, Any]) -> None:
         if self.rank == 0:
             rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
-            self.run.log("pretrain", rounded, self.engine.step_count)
+            self.run.log(self.task.stage, rounded, self.engine.step_count)
 
     def _tell(self, force: bool = False) -> None:
         """progress.json, once a second."""
@@ -222,7 +209,7 @@ class Session:
         return [int(number) for number in found]
 
     def _profiler(self) -> AbstractContextManager[Any]:
-        steps = self.config.train.profile_steps
+        steps = self.settings.profile_steps
         if not steps:
             return nullcontext()
         out = self.folder / "profile"

@@ -48,12 +48,12 @@ class Validation:
         self._generator: Generator | None = None
 
     def measure(self, engine: TrainEngine, policy: Policy) -> dict[str, float]:
-        """`valid_loss` (weighted mean), `valid_hit` and `valid_ndcg` of the top 10 items over the whole sample, the same on every rank.
-        Collective. `policy` has whole weights: the engine's own, or under ZeRO-3 a copy."""
+        """`valid_loss` (weighted mean), `valid_hit` and `valid_ndcg` of the top 10 items and `valid_hit1` of the first over the whole
+        sample, the same on every rank. Collective. `policy` has whole weights: the engine's own, or under ZeRO-3 a copy."""
         generator = self._ready(policy)
         training = policy.training
         policy.eval()
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64)
         try:
             for piece in self._pieces:
                 sums += self._one(engine, generator, piece)
@@ -61,15 +61,16 @@ class Validation:
             policy.train(training)
         sums = sums.to(engine.device)
         dist.all_reduce(sums)
-        loss, weight, hits, gain = sums.tolist()
-        return {"valid_loss": loss / weight, "valid_hit": hits / self.requests, "valid_ndcg": gain / self.requests}
+        loss, weight, hits, gain, first = sums.tolist()
+        shares = {"valid_hit": hits, "valid_ndcg": gain, "valid_hit1": first}
+        return {"valid_loss": loss / weight} | {name: value / self.requests for name, value in shares.items()}
 
     @torch.no_grad()
     def _one(self, engine: TrainEngine, generator: Generator, piece: _Piece | None) -> torch.Tensor:
-        """Sums of loss, weight, hits, gains. A rank without a piece takes part in the lookup."""
+        """Sums of loss, weight, hits, gains, hits in the first place. A rank without a piece takes part in the lookup."""
         if piece is None:
             engine.lookup({})
-            return torch.zeros(4, dtype=torch.float64)
+            return torch.zeros(5, dtype=torch.float64)
         batch = piece.batch.to(engine.device)
         rows = engine.lookup(batch.lookups())
         generator.lookup = lambda ids: rows
@@ -79,7 +80,7 @@ class Validation:
         found_RK = generator.generate(batch, TOP, pool).item_BR
         hit_RK = found_RK == piece.target_R[:, None]
         gain = (hit_RK / np.log2(np.arange(TOP) + 2)).sum()
-        return torch.tensor([float(loss), batch.weight(), float(hit_RK.sum()), float(gain)], dtype=torch.float64)
+        return torch.tensor([float(loss), batch.weight(), float(hit_RK.sum()), float(gain), float(hit_RK[:, 0].sum())], dtype=torch.float64)
 
     def _ready(self, policy: Policy) -> Generator:
         if self._generator is None or self._generator.policy is not policy:

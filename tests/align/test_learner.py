@@ -51,13 +51,13 @@ def aligned(settings: dict[str, Any], folder: str, until: int, world: int = 1) -
     config, align = from_dict(Config, settings["run"]), from_dict(AlignConfig, settings["align"] | {"learners": world})
     torch.manual_seed(0)
     learner = Learner(config, align, Path(folder) / "tables", Path(folder) / "checkpoints", dist.get_rank(), world)
-    rollout = Rollout(config, align, Path(folder) / "tables")
+    rollout = Rollout(config, align)
     told: dict[str, Any] = {"drift": [], "reward": [], "loss": [], "published": []}
     while learner.step < until:
         step = learner.step
         weights = [learner.publish(step)]
         dist.broadcast_object_list(weights, 0)
-        assert rollout.load(step, weights[0]) == step
+        assert rollout.load(step, weights[0], Path(folder) / "tables") == step
         pieces = [rollout.generate(step, piece) for piece in range(align.pieces)]
         scored = [(rolled, judged(rolled, rollout)) for rolled in pieces]
         stats = learner.learn(scored[dist.get_rank() :: world])
@@ -106,8 +106,8 @@ def test_two_learners_learn_what_one_does_and_a_stopped_run_goes_on(settings: di
 def refusals(settings: dict[str, Any], folder: str) -> list[str]:
     config, align = from_dict(Config, settings["run"]), from_dict(AlignConfig, settings["align"])
     learner = Learner(config, align, Path(folder) / "tables", Path(folder) / "checkpoints", 0, 1)
-    rollout = Rollout(config, align, Path(folder) / "tables")
-    rollout.load(0, learner.publish(0))
+    rollout = Rollout(config, align)
+    rollout.load(0, learner.publish(0), Path(folder) / "tables")
     pieces = [rollout.generate(3, piece) for piece in range(2)]
     said = []
     try:

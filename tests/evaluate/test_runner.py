@@ -19,6 +19,7 @@ from oxyray.evaluate.runner import PolicyRecommender, evaluate
 from oxyray.evaluate.table import published, text
 from oxyray.files import read_json
 from oxyray.model.inputs import Inputs
+from oxyray.model.saved import model_folder
 from tests.evaluate.shop import DAY, prepared_run, whole_run
 
 MODELS = ["policy", "popularity", "knn", "sasrec"]
@@ -148,7 +149,7 @@ def test_items_of_one_sid_stand_together_by_training_events_then_index(evaluated
     config, run, _, _ = evaluated
     inputs = Inputs.load(run)
     wide = from_dict(type(config), to_dict(config) | {"generate": {"beams": inputs.catalog.index.leaves}})
-    model = PolicyRecommender.load(wide, run, inputs, "cpu")
+    model = PolicyRecommender.load(wide, inputs, model_folder(run), "cpu")
     counts_I, leaf_I = inputs.prepared.train_counts_I(), inputs.catalog.index.leaf_of(inputs.catalog.codes_IL)
     for requests in asked(inputs.prepared, TEST):
         rows = requests.take(slice(0, 20))

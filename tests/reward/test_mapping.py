@@ -7,9 +7,10 @@ import pickle
 import pytest
 import torch
 
+from oxyray.config import RewardConfig
 from oxyray.errors import ConfigError, RewardError
 from oxyray.reward.components import BUILT_IN, Candidates, Shop
-from oxyray.reward.mapping import Mapping, RewardConfig, join_target
+from oxyray.reward.mapping import Mapping, join_target
 
 Tensor = torch.Tensor
 ITEMS, NAN = 12, float("nan")

@@ -6,12 +6,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from oxyray.config import RankerConfig
 from oxyray.data.order import run_starts
 from oxyray.data.stream import ItemFeatures
 from oxyray.model.items import Vocab
 from oxyray.reward.packing import Packer, RankBatch
 from oxyray.reward.pages import Pages
-from oxyray.reward.ranker import Ranker, RankerConfig
+from oxyray.reward.ranker import Ranker
 
 
 def random_pages(seed: int = 0, users: int = 4, pages: int = 22, most: int = 4) -> Pages:

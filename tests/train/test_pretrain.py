@@ -134,7 +134,7 @@ def test_sigterm_leaves_a_checkpoint(config: Config, tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "error: stopped on request" in said
+    assert "error: pretrain: stopped on request" in said
     found = checkpoint.latest(tmp_path / "run" / "pretrain" / "checkpoints")
     assert found is not None
     assert found.step >= 5

@@ -28,10 +28,12 @@ HEADS = {"tied": 1, "codes": 3}  # a head and the ZeRO stage that it is tried wi
 
 
 def session(config: dict[str, Any]) -> None:
+    from oxyray.train.pretrain import PolicyTask
     from oxyray.train.session import Session
 
     made = from_dict(Config, config)
-    Session(made, Run(made.run_dir)).train()
+    run = Run(made.run_dir)
+    Session(PolicyTask(made, run), run).train()
 
 
 def two_workers(configs: dict[str, Any]) -> dict[str, Any]:

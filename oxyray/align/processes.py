@@ -1,0 +1,108 @@
+"""The actors of the loop: thin Ray processes around `Learner`, `Rollout` and `RewardService`, which know nothing of Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oxyray.align.judge import Judge
+from oxyray.align.learner import Judged, Learner
+from oxyray.align.rollout import Rolled, Rollout
+from oxyray.cluster.fleet import Member
+from oxyray.cluster.group import Rank
+from oxyray.config import Config, from_dict
+from oxyray.errors import RewardError
+from oxyray.logs import log_warnings
+from oxyray.run import Run
+
+
+class LearnerProcess(Rank):
+    """One learner. `tables` is where it publishes them."""
+
+    def __init__(self, config: dict[str, Any], tables: str, checkpoints: str) -> None:
+        self.config, self.tables, self.checkpoints = from_dict(Config, config), Path(tables), Path(checkpoints)
+
+    def join(self, rank: int, world: int, local_rank: int, local_world: int, address: str, port: int, seconds: float) -> None:
+        super().join(rank, world, local_rank, local_world, address, port, seconds)
+        log_warnings(Run(self.config.run_dir).folder, f"align-learner{rank}")
+        self.learner = Learner(self.config, self.config.align, self.tables, self.checkpoints, rank, world, _device())
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def step(self) -> int:
+        return self.learner.step
+
+    def learn(self, pieces: list[tuple[Rolled, Judged]]) -> dict[str, float]:
+        return self.learner.learn(pieces)
+
+    def publish(self, version: int) -> dict[str, np.ndarray]:
+        return self.learner.publish(version)
+
+    def validate(self) -> dict[str, float]:
+        return self.learner.validate()
+
+    def save(self, meta: dict[str, Any]) -> None:
+        self.learner.save(meta)
+
+    def export(self, folder: str, about: dict[str, Any]) -> None:
+        self.learner.export(Path(folder), **about)
+
+    def close(self) -> None:
+        self.learner.close()
+
+
+class RolloutProcess(Member):
+    """One rollout worker."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = from_dict(Config, config)
+
+    @cached_property
+    def rollout(self) -> Rollout:
+        """Made by the first call, whose errors keep their type; those of an actor's constructor would not."""
+        _settle(self.config, "rollout")
+        return Rollout(self.config, self.config.align)
+
+    def load(self, version: int, weights: Mapping[str, np.ndarray], folder: str) -> int:
+        return self.rollout.load(version, weights, Path(folder))
+
+    def generate(self, step: int, piece: int) -> Rolled:
+        return self.rollout.generate(step, piece)
+
+
+class JudgeProcess(Member):
+    """One process that computes rewards. A reward that fails is tried again, then raised: it never becomes a number."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = from_dict(Config, config)
+
+    def begin(self) -> None:
+        """Read data and ranker."""
+        _settle(self.config, "judge")
+        self.judging = Judge(self.config, self.config.align)
+
+    def judge(self, rolled: Rolled) -> tuple[Judged, dict[str, float]]:
+        for _ in range(self.config.reward.retries):
+            with suppress(RewardError):
+                return self.judging.judge(rolled)
+        return self.judging.judge(rolled)
+
+
+def _settle(config: Config, role: str) -> None:
+    import torch
+
+    log_warnings(Run(config.run_dir).folder, f"align-{role}{os.getpid()}")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,76 @@
+"""Processes that work in step, one rank each of a torch.distributed group: they are made, asked and ended together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from oxyray.cluster.wait import GroupLost, ProcessLost, answers
+
+
+class Rank:
+    """What an actor of a group extends."""
+
+    def meet(self) -> tuple[str, str, int]:
+        """This process's node, its address, and a port that is free there."""
+        import socket
+
+        import ray
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), int(free.getsockname()[1])
+
+    def join(self, rank: int, world: int, local_rank: int, local_world: int, address: str, port: int, seconds: float) -> None:
+        """Enter the process group: NCCL where the process has a GPU, else gloo. Waits for the others, `seconds` at most."""
+        import datetime
+        import os
+
+        import torch
+
+        told = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world}
+        os.environ.update({name: str(value) for name, value in told.items()} | {"MASTER_ADDR": address, "MASTER_PORT": str(port)})
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        limit = datetime.timedelta(seconds=seconds)
+        torch.distributed.init_process_group(backend, rank=rank, world_size=world, timeout=limit)
+
+
+class Group:
+    """`make(rank)` gives the actor of a rank. Every call is made on all ranks, and the first failure is raised: a lost rank as GroupLost,
+    after which the group is of no use."""
+
+    def __init__(self, make: Callable[[int], Any], world: int, seconds: float, name: str) -> None:
+        self.name, self.seconds = name, seconds
+        self.actors = [make(rank) for rank in range(world)]
+        met = answers([actor.meet.remote() for actor in self.actors], seconds, f"{name}s start")
+        self.nodes = [node for node, _, _ in met]
+        places = [(self.nodes[:rank].count(node), self.nodes.count(node)) for rank, node in enumerate(self.nodes)]
+        _, address, port = met[0]
+        refs = [
+            actor.join.remote(rank, world, local, of, address, port, seconds)
+            for rank, (actor, (local, of)) in enumerate(zip(self.actors, places, strict=True))
+        ]
+        answers(refs, seconds, f"{name}s join")
+
+    def begin(self, method: str, each: Sequence[tuple[Any, ...]] | None = None, **arguments: Any) -> Callable[[], list[Any]]:
+        """Call `method` on every rank, with arguments of its own from `each`; gives what waits for the answers."""
+        sent = each or [()] * len(self.actors)
+        refs = [getattr(actor, method).remote(*own, **arguments) for actor, own in zip(self.actors, sent, strict=True)]
+
+        def wait() -> list[Any]:
+            try:
+                return answers(refs, self.seconds, f"{self.name}s: {method}")
+            except ProcessLost as error:
+                raise GroupLost(str(error)) from error
+
+        return wait
+
+    def call(self, method: str, each: Sequence[tuple[Any, ...]] | None = None, **arguments: Any) -> list[Any]:
+        return self.begin(method, each, **arguments)()
+
+    def stop(self) -> None:
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
