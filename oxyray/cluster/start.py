@@ -44,6 +44,8 @@ def start(config: ClusterConfig, local_cpus: int | None = None, quiet: bool = Fa
                 ray.init(address=address, log_to_driver=not quiet, logging_level=logging.ERROR)
                 return f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
             cpus = max(config.cpus or os.cpu_count() or 1, local_cpus or 0)
+            # Ray's workers would otherwise yield to whatever else runs here (niceness 15); they are what this machine is to do.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(
                 address="local",
                 num_cpus=cpus,

@@ -16,13 +16,14 @@ from oxyray.config import Config
 from oxyray.data.prepared import Prepared
 from oxyray.evaluate import report_results
 from oxyray.evaluate import report_sections as sections
+from oxyray.evaluate.report_align import align_section
 from oxyray.evaluate.report_people import people
 from oxyray.evaluate.table import entry
 from oxyray.files import read_json, whole
 from oxyray.run import Run
 from oxyray.sid.catalog import Catalog
 
-_STAGES = ("prepare", "sid", "pretrain", "evaluate")
+_STAGES = ("prepare", "sid", "pretrain", "rank", "align", "evaluate")
 
 
 def report(config: Config, run: Run) -> None:
@@ -44,6 +45,7 @@ def render(config: Config, run: Run) -> str:
         report_results.results_section(results),
         sections.data_section(meta),
         sections.training_section(last_training(run.metrics("pretrain")), _sasrec(run)),
+        align_section(last_training(run.metrics("align")), _json(run, "align", "outcome.json"), _json(run, "rank", "metrics.json")),
         sections.sid_section(*_sids(run)),
         sections.people_section(_people(config, run, prepared, results), _found(results)),
         sections.about_section(*_about(run)),
@@ -52,6 +54,7 @@ def render(config: Config, run: Run) -> str:
         ("results", "Results"),
         ("data", "Data"),
         ("training", "Training"),
+        ("align", "Alignment"),
         ("sids", "Semantic IDs"),
         ("people", "Ten users"),
         ("about", "How it was made"),
@@ -91,6 +94,10 @@ def last_training(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _sasrec(run: Run) -> list[dict[str, Any]]:
     path = run.path("baselines", "sasrec", "about.json")
     return list(read_json(path)["history"]) if path.exists() else []
+
+
+def _json(run: Run, *parts: str) -> dict[str, Any] | None:
+    return read_json(run.path(*parts)) if run.path(*parts).exists() else None
 
 
 def _sids(run: Run) -> tuple[dict[str, Any] | None, list[list[int]]]:

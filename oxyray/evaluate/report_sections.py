@@ -84,15 +84,15 @@ def training_section(lines: Sequence[dict[str, Any]], sasrec: Sequence[dict[str,
     if not any("loss" in line for line in lines):
         return section("training", "Training", about, missing("pretrain", "The policy is not trained yet."))
     charts = [
-        ("Loss", _curves(lines, {"loss": ("training", "policy"), "valid_loss": ("validation", "knn")}), "step", False),
+        ("Loss", curves(lines, {"loss": ("training", "policy"), "valid_loss": ("validation", "knn")}), "step", False),
         (
             "Validation, first ten places",
-            _curves(lines, {"valid_hit": ("HR@10", "policy"), "valid_ndcg": ("NDCG@10", "sasrec")}),
+            curves(lines, {"valid_hit": ("HR@10", "policy"), "valid_ndcg": ("NDCG@10", "sasrec")}),
             "step",
             True,
         ),
-        ("Learning rate", _curves(lines, {"lr": ("learning rate", "policy")}), "step", True),
-        ("Targets per second", _curves(lines, {"targets_per_second": ("targets per second", "policy")}), "step", True),
+        ("Learning rate", curves(lines, {"lr": ("learning rate", "policy")}), "step", True),
+        ("Targets per second", curves(lines, {"targets_per_second": ("targets per second", "policy")}), "step", True),
     ]
     if sasrec:
         curve = Line("HR@10", [line["epoch"] for line in sasrec], [line["valid_recall@10"] for line in sasrec], "sasrec")
@@ -101,7 +101,8 @@ def training_section(lines: Sequence[dict[str, Any]], sasrec: Sequence[dict[str,
     return section("training", "Training", about, f'<div class="grid">{cards}{_shares(lines)}</div>')
 
 
-def _curves(lines: Sequence[dict[str, Any]], names: dict[str, tuple[str, str]]) -> list[Line]:
+def curves(lines: Sequence[dict[str, Any]], names: dict[str, tuple[str, str]]) -> list[Line]:
+    """One curve for each key that the lines have: `names` gives its title and colour."""
     found = []
     for key, (name, colour) in names.items():
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]

@@ -57,7 +57,7 @@ def compare(config: Config, run: Run, inputs: Inputs, log: Log) -> dict[str, Any
     facts = _Facts.of(asked)
     table = [line for name, chance_QH in chances.items() for line in facts.lines(name, chance_QH, inputs.prepared.meta.scenarios)]
     about = {"items": len(facts.done_Q), "pages": len(np.unique(facts.page_Q)), "exposures": log.exposures is not None}
-    return about | {"models": list(chances), "table": table, "seconds": seconds}
+    return about | {"models": list(chances), "titles": TITLES, "table": table, "seconds": seconds}
 
 
 def text(found: dict[str, Any]) -> str:

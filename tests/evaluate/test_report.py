@@ -9,14 +9,16 @@ import pytest
 from PIL import Image
 
 from oxyray.evaluate.report import last_training, render, report
+from oxyray.evaluate.report_align import told
 from oxyray.evaluate.report_people import picture
 from oxyray.evaluate.report_plots import Bar, Line, bars, line_chart, thinned, ticks
 from oxyray.evaluate.runner import evaluate
+from oxyray.files import write_json
 from oxyray.run import Run
 from tests.evaluate.shop import config as shop_config
 from tests.evaluate.shop import prepared_run, whole_run
 
-SECTIONS = ("results", "data", "training", "sids", "people", "about")
+SECTIONS = ("results", "data", "training", "align", "sids", "people", "about")
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +30,28 @@ def reported(tmp_path_factory):
         run.log("pretrain", {"loss": 9 / step, "lr": 0.001, "targets_per_second": 1000.0, "share_data": 0.2, "share_forward": 0.8}, step)
     run.log("pretrain", {"valid_loss": 3.0, "valid_hit": 0.1, "valid_ndcg": 0.05}, 30)
     run.log("pretrain", {"valid_loss": 2.0, "valid_hit": 0.2, "valid_ndcg": 0.06}, 59)
+    for step in range(1, 9):
+        run.log(
+            "align", {"loss": 1.0, "reward/all/reward": 1 + step / 10, "reward/all/click": step / 10, "entropy": 5.0, "drift": 0.0}, step
+        )
+    run.log("align", {"valid_hit": 0.3, "valid_hit1": 0.1}, 8)
+    write_json(run.path("align", "outcome.json"), {"start": 0.2, "best": 0.3, "best_step": 8})
+    line = {"model": "ranker", "scenario": None, "head": "click", "positives": 7, "auc": 0.8, "gauc": None, "calibration_error": 0.01}
+    write_json(run.path("rank", "metrics.json"), {"table": [line], "titles": {"ranker": "unified ranker"}, "items": 70, "pages": 9})
     evaluate(config, run)
     report(config, run)
     return config, run
+
+
+def test_the_report_says_what_alignment_did():
+    def lines(*hits):
+        return [{"step": step, "valid_hit": hit} for step, hit in enumerate(hits)]
+
+    better = {"start": 0.2, "best": 0.3, "best_step": 1}
+    assert told(lines(0.2, 0.3), better) == "HR@10 on validation: 0.2000 before, 0.3000 at step 1, whose weights were kept."
+    assert told(lines(0.2, 0.3, 0.25), better).endswith("Further training hurt: 0.2500 at the end.")
+    hurt = told(lines(0.2, 0.1), {"start": 0.2, "best": 0.2, "best_step": 0})
+    assert hurt == "Training hurt: no validation was above the start's HR@10 of 0.2000 (the last: 0.1000). The start was kept."
 
 
 def test_the_page_holds_every_section_and_nothing_from_outside(reported):
@@ -83,11 +104,13 @@ def test_a_real_browser_shows_it_on_desk_and_phone(reported):
 def test_missing_stages_are_said_with_the_stage_that_makes_them(tmp_path):
     config = shop_config(tmp_path)
     page = render(config, Run(config.run_dir))
-    assert re.findall(r"<code>oxyray (\w+)</code> with", page) == ["evaluate", "prepare", "pretrain", "sid", "evaluate", "prepare"]
+    assert re.findall(r"<code>oxyray (\w+)</code> with", page) == [
+        *("evaluate", "prepare", "pretrain", "align", "sid", "evaluate", "prepare"),
+    ]
     config, run = prepared_run(tmp_path)
     report(config, run)
     page = run.path("report", "report.html").read_text()
-    assert re.findall(r"<code>oxyray (\w+)</code> with", page) == ["evaluate", "pretrain", "evaluate", "prepare"]
+    assert re.findall(r"<code>oxyray (\w+)</code> with", page) == ["evaluate", "pretrain", "align", "evaluate", "prepare"]
     assert "Coverage" in page
 
 
