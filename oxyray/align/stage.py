@@ -122,7 +122,7 @@ def _identity(config: Config, run: Run) -> dict[str, Any]:
     return {
         "align": settings,
         "reward": to_dict(config.reward),
-        "start": {"step": start["step"], "model": start["model"]},
+        "start": {name: value for name, value in start.items() if name not in ("catalogue", "data")},
         "catalogue": inputs.catalog.version,
         "data": inputs.prepared.meta.fingerprint,
     }

@@ -1,0 +1,126 @@
+"""The stage on a real Ray: whole runs, synchronous and one step off, more processes, resumed, and stopped by a reward that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from oxyray.align.stage import align
+from oxyray.cluster.start import ray_for
+from oxyray.config import Config, RewardConfig
+from oxyray.errors import ClusterError, RewardError
+from oxyray.files import read_json
+from oxyray.model.inputs import Inputs
+from oxyray.model.saved import model_folder, read_model
+from oxyray.reward.components import Candidates, Shop
+from oxyray.run import Run
+from tests.align.shop import copied, losses, ready_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+class Broken:
+    """A reward that cannot be computed."""
+
+    def __init__(self, shop: Shop) -> None:
+        del shop
+
+    def __call__(self, candidates: Candidates) -> torch.Tensor:
+        return torch.full(candidates.item_BJ.shape, torch.nan)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
+    made = ready_run(tmp_path_factory.mktemp("shop"))
+    with ray_for(made.cluster, 6):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def synchronous(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    made, run = copied(config, tmp_path_factory.mktemp("synchronous") / "run")
+    align(made, run)
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "policy.safetensors") | load_file(folder / "tables.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_learns_logs_and_leaves_the_best(config: Config, synchronous: Run) -> None:
+    lines = synchronous.metrics("align")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 7))
+    assert max(line["drift"] for line in steps) < 1e-4, "in synchronous mode trainer and rollout hold the same weights"
+    assert {line["staleness"] for line in steps} == {0}
+    told = {"reward/all/click", "reward/home/diversity", "entropy", "distinct", "filled", "gate_under_half", "ratio_q99", "advantage_std"}
+    assert told | {"seconds/generate", "seconds/judge", "seconds/learn", "seconds/publish", "restarts/rollout"} <= steps[-1].keys()
+    valid = [line for line in lines if "valid_hit" in line]
+    assert [line["step"] for line in valid] == [0, 3, 6]
+    outcome = read_json(synchronous.path("align", "outcome.json"))
+    assert outcome["best"] == max(line["valid_hit"] for line in valid)
+    assert outcome["start"] == valid[0]["valid_hit"]
+    assert outcome["best_step"] in (0, 3, 6)
+    about = read_json(synchronous.path("align", "model", "model.json"))
+    assert about["aligned_steps"] == outcome["best_step"]
+    assert model_folder(synchronous) == synchronous.path("align", "model")
+    read_model(synchronous.path("align", "model"), Inputs.load(synchronous))
+    if outcome["best_step"] == 0:
+        assert equal(weights(synchronous.path("align", "model")), weights(synchronous.path("pretrain", "model")))
+    assert not list(Path("/dev/shm").glob("oxyray-*")) or all(left.is_dir() for left in Path("/dev/shm").glob("oxyray-*"))
+
+
+def test_a_run_that_goes_on_equals_one_that_never_stopped(config: Config, synchronous: Run, tmp_path: Path) -> None:
+    made, run = copied(config, tmp_path / "run")
+    shutil.copytree(synchronous.path("align"), run.path("align"), ignore=shutil.ignore_patterns("model", "step_00000006"))
+    align(made, run)
+    assert min(losses(run)) == 5, "it went on from step 4"
+    assert losses(run) == {step: loss for step, loss in losses(synchronous).items() if step > 4}
+    assert equal(weights(run.path("align", "model")), weights(synchronous.path("align", "model")))
+
+
+def test_more_processes_learn_what_few_do(config: Config, synchronous: Run, tmp_path: Path) -> None:
+    made, run = copied(config, tmp_path / "run", learners=2, rollouts=2, judges=2)
+    align(made, run)
+    assert losses(run) == pytest.approx(losses(synchronous), rel=1e-3)
+
+
+def test_one_step_off_is_bounded_and_seen(config: Config, tmp_path: Path) -> None:
+    made, run = copied(config, tmp_path / "run", staleness=1)
+    align(made, run)
+    lines = [line for line in run.metrics("align") if "loss" in line]
+    assert [line["staleness"] for line in lines] == [0, 1, 1, 1, 1, 1]
+    assert max(line["drift"] for line in lines[1:]) > 1e-3, "weights moved between generation and learning"
+
+
+def test_no_better_validation_keeps_the_supervised_model(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    still = dataclasses.replace(config.align.optim, lr=0.0, table_lr=0.0)
+    made, run = copied(config, tmp_path / "run", optim=still, steps=2, eval_every_steps=1)
+    align(made, run)
+    assert "the supervised model stays" in capsys.readouterr().out
+    assert equal(weights(run.path("align", "model")), weights(run.path("pretrain", "model")))
+    assert max(line["drift"] for line in run.metrics("align") if "drift" in line) < 1e-4
+
+
+def test_a_reward_that_fails_is_an_error_and_no_number(config: Config, tmp_path: Path) -> None:
+    made, run = copied(config, tmp_path / "run")
+    own = RewardConfig(components={"own": f"{__name__}:Broken"}, weights={"default": {"own": 1.0}})
+    with pytest.raises(RewardError, match="reward own: request 0, candidate 0"):
+        align(dataclasses.replace(made, reward=own), run)
+    assert not losses(run)
+
+
+def test_too_few_places_are_named(config: Config, tmp_path: Path) -> None:
+    made, run = copied(config, tmp_path / "run", rollouts=30, layout="split")
+    with pytest.raises(ClusterError, match=r"\d+ CPUs are asked for, Ray has \d+: use fewer align.learners"):
+        align(made, run)
