@@ -171,11 +171,11 @@ class RankConfig(CourseConfig):
     epochs: float = 4
     max_minutes: float | None = None
     patience: int = 2
-    items_per_step: int = 8192
+    items_per_step: int = 4096
     negatives: int = 20
     eval_items: int | None = 500_000
     baselines: tuple[Literal["pointwise", "boosted"], ...] = ("pointwise", "boosted")
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, table_lr=0.05))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-3, table_lr=0.05))
     model: RankerConfig = field(default_factory=RankerConfig)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from oxyray.config import ModelConfig, RankerConfig
 from oxyray.model.items import Clock, ItemEncoder, Vocab
 from oxyray.model.layers import Tensor
 from oxyray.model.losses import LossOut
+from oxyray.reward.crosses import crosses, size
 from oxyray.reward.packing import RankBatch
 
 HEADS = ("click", "cart", "purchase")
@@ -37,6 +38,7 @@ class FunnelModel(nn.Module):
         self.clock = Clock(D) if vocab.clock else None
         self.query = nn.Linear(vocab.text, D, bias=False) if self.items.text is not None else None
         self.no_trigger = nn.Parameter(torch.randn(D) * 0.02)
+        self.crosses = nn.Sequential(nn.Linear(size(vocab, self.query is not None), config.hidden), nn.SiLU(), nn.Linear(config.hidden, D))
         for table in (self.scenario, *self.profile):
             nn.init.normal_(table.weight, std=0.02)
 
@@ -81,12 +83,11 @@ class FunnelModel(nn.Module):
         trigger_A = batch.trigger_R[batch.asked_R]
         return torch.where((trigger_A >= 0)[:, None], item_UD[trigger_A.clamp(min=0)], self.no_trigger)
 
-    def _nearness(self, batch: RankBatch, page_Q: Tensor, item_Q: Tensor) -> Tensor:
-        """Cosine of an item and its page's query in the shared text space (Q, 1); 0 without either."""
-        if self.query is None or batch.query_RF is None or batch.items.text_UF is None:
-            return self.no_trigger.new_zeros(len(page_Q), 1)
-        query_RF, text_UF = F.normalize(batch.query_RF, dim=-1), F.normalize(batch.items.text_UF, dim=-1)
-        return (query_RF[page_Q] * text_UF[item_Q]).sum(-1, keepdim=True)
+    def _crossed(self, batch: RankBatch, page_Q: Tensor, item_Q: Tensor) -> Tensor:
+        """What an item has in common with what its page knows, as a vector: (Q, D)."""
+        found_QX = crosses(batch, page_Q, item_Q, self.query is not None)
+        crossed: Tensor = self.crosses(found_QX.to(self.no_trigger.dtype))
+        return crossed
 
     @staticmethod
     def _last_time(batch: RankBatch) -> Tensor:

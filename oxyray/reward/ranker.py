@@ -84,7 +84,6 @@ class Ranker(FunnelModel):
         super().__init__(config, vocab)
         D = config.width
         self.action = nn.Embedding(1 + vocab.actions, D)
-        self.match = nn.Parameter(torch.zeros(D)) if self.items.text is not None else None
         self.taken, self.passed = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
         self.input_norm, self.norm = RMSNorm(D), RMSNorm(D)
         self.dropout = Dropout(config.dropout)
@@ -107,8 +106,7 @@ class Ranker(FunnelModel):
         page_Q = batch.page_C()[asked_C]
         place_R = torch.cumsum(batch.asked_R, 0) - 1
         x_QD = self.dropout(self.fusion(user_AV, item_UD, place_R[page_Q], batch.item_C[asked_C]))
-        if self.match is not None:
-            x_QD = x_QD + self._nearness(batch, page_Q, batch.item_C[asked_C]) * self.match
+        x_QD = x_QD + self._crossed(batch, page_Q, batch.item_C[asked_C])
         count_B = torch.bincount(batch.sample_R()[page_Q], minlength=len(batch.user_B))
         index_BT, real_BT = pad_index(F.pad(torch.cumsum(count_B, 0), (1, 0)))
         visible_BT = torch.where(real_BT, batch.visible_R[page_Q][index_BT], 0)

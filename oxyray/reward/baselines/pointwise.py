@@ -28,7 +28,7 @@ class PointWise(FunnelModel):
         super().__init__(config, vocab)
         self.norm = RMSNorm(5 * config.width)
         self.judge = nn.Sequential(
-            nn.Linear(5 * config.width + 1, 2 * config.hidden),
+            nn.Linear(5 * config.width, 2 * config.hidden),
             nn.SiLU(),
             Dropout(config.dropout),
             nn.Linear(2 * config.hidden, config.hidden),
@@ -52,8 +52,8 @@ class PointWise(FunnelModel):
         asked_C = asked_R[batch.page_C()]
         page_Q, item_Q = batch.page_C()[asked_C], batch.item_C[asked_C]
         place_R = torch.cumsum(asked_R, 0) - 1
-        x_QV = self.norm(torch.cat([item_UD[item_Q], page_AV[place_R[page_Q]]], dim=-1))
-        return self.judge(torch.cat([x_QV, self._nearness(batch, page_Q, item_Q)], dim=-1))
+        crossed_QD = self._crossed(batch, page_Q, item_Q)
+        return self.judge(self.norm(torch.cat([item_UD[item_Q] + crossed_QD, page_AV[place_R[page_Q]]], dim=-1)))
 
     def _taken(self, batch: RankBatch, item_UD: Tensor) -> Tensor:
         """The mean vector of the items taken on the first s pages of a sample, 0 where there are none: (B, S, D)."""
