@@ -107,7 +107,7 @@ class CsrMask(LogitsProcessor):
     """The vectorised prefix mask for `generate`: the node of each beam's prefix by binary search, its children by CSR rows."""
 
     def __init__(self, index: PrefixIndex, normalise: Normalise) -> None:
-        self.tree, self.normalise, self.width = Tree(index), normalise, index.width
+        self.tree, self.normalise, self.width, self.levels = Tree(index), normalise, index.width, index.levels
         self.key = [torch.from_numpy(p * index.width + c) for p, c in zip(index.parent, index.code, strict=True)]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -127,7 +127,7 @@ class CsrMask(LogitsProcessor):
 
 def hugging_face(model: Model, memory_BSD: Tensor, visible_BS: Tensor, mask: CsrMask, beams: int) -> tuple[Tensor, Tensor]:
     """Codes (B, K, L) and scores (B, K) of `generate`'s beam search."""
-    levels = mask.tree.levels
+    levels = mask.levels
     found = model.generate(
         encoder_outputs=BaseModelOutput(last_hidden_state=memory_BSD),
         attention_mask=visible_BS.long(),
@@ -144,6 +144,40 @@ def hugging_face(model: Model, memory_BSD: Tensor, visible_BS: Tensor, mask: Csr
     )
     shape = (len(memory_BSD), beams)
     return found.sequences[:, 1:].view(*shape, levels), found.sequences_scores.view(*shape)
+
+
+class PrefixFunction:
+    """The mask as `generate`'s own `prefix_allowed_tokens_fn`: a table from each prefix to its legal codes, asked for every sequence."""
+
+    def __init__(self, index: PrefixIndex) -> None:
+        legal: dict[tuple[int, ...], set[int]] = {}
+        for codes in index.codes_of(np.arange(index.leaves)).tolist():
+            for level, code in enumerate(codes):
+                legal.setdefault(tuple(codes[:level]), set()).add(code)
+        self.levels = index.levels
+        self.legal = {prefix: sorted(codes) for prefix, codes in legal.items()}
+
+    def __call__(self, request: int, sequence_T: Tensor) -> list[int]:
+        del request
+        return self.legal[tuple(sequence_T[1:].tolist())]
+
+
+def hugging_face_draws(model: Model, memory_BSD: Tensor, visible_BS: Tensor, rule: CsrMask | PrefixFunction, samples: int) -> Tensor:
+    """Codes (B, G, L) of `generate`'s sampling, each draw by itself, held to the catalogue by the rule."""
+    mask, function = (rule, None) if isinstance(rule, CsrMask) else (None, rule)
+    found = model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=memory_BSD),
+        attention_mask=visible_BS.long(),
+        num_return_sequences=samples,
+        max_new_tokens=rule.levels,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=None,
+        logits_processor=LogitsProcessorList([] if mask is None else [mask]),
+        prefix_allowed_tokens_fn=function,
+    )
+    return found[:, 1:].view(len(memory_BSD), samples, rule.levels)
 
 
 class Static:
