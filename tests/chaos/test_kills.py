@@ -1,0 +1,134 @@
+"""Processes of an alignment are killed while it runs, on a real Ray: the run goes on, and learns what an undisturbed one learns."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from oxyray.align.stage import align
+from oxyray.cluster.start import ray_for
+from oxyray.config import Config, to_dict
+from oxyray.errors import ClusterError, TrainingError
+from oxyray.files import read_json, write_json
+from oxyray.run import Run
+from oxyray.train import checkpoint
+from tests.align.shop import copied, losses, ready_run
+from tests.chaos.victims import kill, processes, when_at
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
+    made = ready_run(tmp_path_factory.mktemp("shop"), steps=STEPS, eval_every_steps=6, save_every_steps=3)
+    with ray_for(made.cluster, 6):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def calm(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    made, run = copied(config, tmp_path_factory.mktemp("calm") / "run")
+    align(made, run)
+    return run
+
+
+def restarts(run: Run) -> dict[str, int]:
+    """The most that a line tells of each role."""
+    lines = [line for line in run.metrics("align") if "loss" in line]
+    return {role: max(line[f"restarts/{role}"] for line in lines) for role in ("rollout", "judge", "learners")}
+
+
+def test_a_rollout_worker_and_a_judge_are_killed_again_and_again(config: Config, calm: Run, tmp_path: Path) -> None:
+    made, run = copied(config, tmp_path / "run", rollouts=2, max_restarts=8)
+    threads = [when_at(run, step, lambda role=role: kill(role)) for step, role in ((2, "rollout"), (5, "judge"), (8, "rollout"))]
+    align(made, run)
+    for thread in threads:
+        thread.join(timeout=10)
+    assert losses(run) == losses(calm), "no candidate was lost, counted twice, or made by other weights"
+    assert restarts(run)["rollout"] >= 1
+    assert restarts(run)["judge"] == 1
+    assert restarts(run)["learners"] == 0
+
+
+def test_a_learner_is_killed_and_all_begin_again_from_the_checkpoint(
+    config: Config, calm: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, run = copied(config, tmp_path / "run", learners=2)
+    killer = when_at(run, 7, lambda: kill("learner"))
+    align(made, run)
+    killer.join(timeout=10)
+    assert "the learners were started anew and go on from step" in capsys.readouterr().out
+    assert restarts(run)["learners"] == 1
+    assert losses(run) == pytest.approx(losses(calm), rel=1e-3)
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+
+
+def test_learners_that_die_too_often_end_the_run_with_a_reason(config: Config, tmp_path: Path) -> None:
+    made, run = copied(config, tmp_path / "run", max_restarts=0)
+    killer = when_at(run, 1, lambda: kill("learner"))
+    with pytest.raises(TrainingError, match=r"learners: .* lost .* 0 restarts of the learners"):
+        align(made, run)
+    killer.join(timeout=10)
+
+
+def test_rollout_workers_that_die_too_often_end_the_run_with_a_reason(config: Config, tmp_path: Path) -> None:
+    made, run = copied(config, tmp_path / "run", max_restarts=0)
+    killer = when_at(run, 1, lambda: kill("rollout"))
+    with pytest.raises(ClusterError, match=r"rollout worker 0 was lost .* 0 restarts"):
+        align(made, run)
+    killer.join(timeout=10)
+    assert not processes("rollout"), "nobody is left behind"
+
+
+SCRIPT = """
+import sys
+from oxyray.align.stage import align
+from oxyray.config import Config, from_dict
+from oxyray.errors import Stopped
+from oxyray.files import read_json
+from oxyray.run import Run
+config = from_dict(Config, read_json(sys.argv[1]))
+try:
+    align(config, Run(config.run_dir))
+except Stopped as stopped:
+    print(stopped)
+"""
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(config: Config, calm: Run, tmp_path: Path) -> None:
+    made, run = copied(config, tmp_path / "run", save_every_steps=1000)
+    write_json(tmp_path / "config.json", to_dict(made))
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "config.json")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=root)
+    when_at(run, 4, lambda: process.send_signal(signal.SIGTERM))
+    try:
+        said = process.communicate(timeout=400)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "align: stopped on request after step" in said
+    found = checkpoint.latest(run.path("align", "checkpoints"))
+    assert found is not None
+    assert 4 <= found.step < STEPS
+    assert not run.path("align", "model").exists()
+    align(made, run)
+    assert losses(run) == losses(calm)
+    assert read_json(run.path("align", "outcome.json"))["step"] == STEPS
+
+
+def test_every_wait_has_a_limit() -> None:
+    """No call that waits for another process is without one."""
+    root = Path(__file__).parents[2] / "oxyray"
+    for path in [*root.glob("align/*.py"), *root.glob("cluster/*.py")]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if "ray.get(" in line or "ray.wait(" in line:
+                assert "timeout" in line, f"{path.name}:{number} waits without a limit"

@@ -1,0 +1,54 @@
+"""Finding and killing the processes of a run that goes on in this process's Ray: by their actor's name, and only children of this test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+
+from oxyray.errors import RunError
+from oxyray.files import read_json
+from oxyray.run import Run
+
+ROLES = {"rollout": "RolloutProcess", "judge": "JudgeProcess", "learner": "LearnerProcess"}
+
+
+def processes(role: str) -> list[int]:
+    """Process ids of the role's actors, oldest first."""
+    found = [child for child in psutil.Process().children(recursive=True) if ROLES[role] in _title(child)]
+    return [child.pid for child in sorted(found, key=lambda child: child.create_time())]
+
+
+def _title(child: psutil.Process) -> str:
+    try:
+        return " ".join(child.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def kill(role: str) -> None:
+    os.kill(processes(role)[-1], signal.SIGKILL)
+
+
+def when_at(run: Run, step: int, act: Callable[[], None], limit_s: float = 240) -> threading.Thread:
+    """Call `act` once the alignment has passed `step`."""
+
+    def wait() -> None:
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end:
+            try:
+                now = read_json(run.path("align", "progress.json"))["step"]
+            except RunError:
+                now = -1
+            if now >= step:
+                return act()
+            time.sleep(0.01)
+        return None
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
