@@ -1,4 +1,5 @@
-"""The built-in rewards (paper 2.4.2): format, relative, ranking (click, conversion, GMV), diversity; and what any reward may know.
+"""The built-in rewards (paper 2.4.2): format, relative, ranking (click, conversion, GMV), real feedback (taken), diversity; and what any
+reward may know.
 
 Scores are made so that weights mean the same in every shop: shares, cosines and probabilities, and turnover in units of the catalogue's
 mean price. Legend: as in `mapping.py`, L SID levels.
@@ -150,6 +151,19 @@ class Gmv:
         return _chance(candidates, 2) * self.price_I[candidates.item_BJ.clamp(min=0)]
 
 
+class Taken:
+    """The user's real feedback: 1 for the item that was really taken, else 0; 0 throughout for a synthetic request, of which nothing is
+    known. The ranker judges what is likely in general, this says what was so."""
+
+    def __init__(self, shop: Shop) -> None:
+        del shop
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        place_B = candidates.target_place_B
+        target_B1 = candidates.item_BJ.gather(1, place_B.clamp(min=0)[:, None])
+        return ((candidates.item_BJ == target_B1) & (place_B >= 0)[:, None]).float()
+
+
 class Diversity:
     """Each category of a group is worth 1/2, shared by its candidates, and so is each first code: their mean over the group is the
     share of distinct ones."""
@@ -179,5 +193,6 @@ BUILT_IN: dict[str, Callable[[Shop], Reward]] = {
     "click": Click,
     "conversion": Conversion,
     "gmv": Gmv,
+    "taken": Taken,
     "diversity": Diversity,
 }

@@ -24,7 +24,7 @@ import torch
 from oxyray.config import RewardConfig
 from oxyray.config.reward import DEFAULT
 from oxyray.errors import ConfigError, RewardError
-from oxyray.reward.components import BUILT_IN, Candidates, Diversity, Format, Relative, Reward, Shop
+from oxyray.reward.components import BUILT_IN, Candidates, Diversity, Format, Relative, Reward, Shop, Taken
 
 Tensor = torch.Tensor
 
@@ -55,7 +55,7 @@ class Mapping:
     @property
     def needs_chances(self) -> bool:
         """Whether any built-in reward in use reads the ranker's answer; a class of one's own may, too."""
-        return any(not isinstance(reward, Format | Relative | Diversity) for reward in self._rewards.values())
+        return any(not isinstance(reward, Format | Relative | Taken | Diversity) for reward in self._rewards.values())
 
     def __call__(self, candidates: Candidates) -> Rewards:
         """Raises RewardError when a component fails or gives a score that is not a finite number."""

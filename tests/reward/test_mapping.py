@@ -114,6 +114,11 @@ def test_ranking_is_what_the_ranker_says():
     torch.testing.assert_close(score("gmv", asked), asked.chance_BJH[..., 2] * torch.tensor([[1, 10, 4]]) / 6.5)
 
 
+def test_taken_is_one_for_the_item_that_was_taken():
+    asked = candidates([[0, 3, 9], [0, 3, 9], [0, 3, 9]], [9, 7, -1])
+    assert score("taken", asked).tolist() == [[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+
+
 def test_diversity_shares_a_kind_among_those_who_have_it():
     asked = candidates([[0, 3, 1, -1, -2]], [9])
     # categories 0 0 1 | 0, first codes 0 0 0 | 2
