@@ -1,7 +1,8 @@
 """Who takes part in the loop: learners, rollout workers, judges, and what passes between them. The driver holds one crew.
 
 Tables pass through shared memory and dense weights through Ray's object store, one copy a node; both under one version. While a version is
-published nobody generates, so no reader meets two versions.
+published nobody generates, so no reader meets two versions. Where Ray has several nodes, a server on each learners' node answers for its
+rows, since a rollout worker may be, or come back, on another node than the learners.
 
 Legend: B requests, G candidates, L SID levels.
 """
@@ -23,6 +24,7 @@ from oxyray.align.rollout import Rolled
 from oxyray.cluster.fleet import Fleet
 from oxyray.cluster.group import Group
 from oxyray.cluster.placement import Plan, options
+from oxyray.cluster.rows import RowsLost, Servers, dismiss, serve, several_nodes
 from oxyray.config import Config, to_dict
 
 
@@ -53,6 +55,8 @@ class Crew:
     _fresh: bool = True
     _prepared: dict[int, Prepared] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
+    _servers: Servers = field(default_factory=list)
+    _spread: bool = False
 
     def __post_init__(self) -> None:
         settings = self.config.align
@@ -71,20 +75,25 @@ class Crew:
         for fleet in (self.rollouts, self.judges):
             fleet.forget()
         self._prepared.clear()
-        shutil.rmtree(self._tables(), ignore_errors=True)
+        self._clear(self._tables())
         self.restarts += 1
         self.learners = self._learners()
         return int(self.learners.call("step")[0])
 
     def prepare(self, step: int) -> None:
-        """Have the step's candidates generated and judged, by the published version; nothing where that is done."""
+        """Have the step's candidates generated and judged, by the published version; nothing where that is done. Raises GroupLost when rows
+        were not to be had because learners are lost."""
         if step in self._prepared:
             return
         pieces = range(self.config.align.pieces)
         began = time.monotonic()
         for piece in pieces:
             self.rollouts.submit((step, piece), "generate", step=step, piece=piece)
-        rolled: list[Rolled] = self.rollouts.collect([(step, piece) for piece in pieces], f"step {step}: generation")
+        try:
+            rolled: list[Rolled] = self.rollouts.collect([(step, piece) for piece in pieces], f"step {step}: generation")
+        except RowsLost:
+            self.learners.call("pid")
+            raise
         generated = time.monotonic()
         for piece in pieces:
             self.judges.submit((step, piece), "judge", rolled=rolled[piece])
@@ -119,7 +128,7 @@ class Crew:
         weights = self.learners.call("publish", version=version)[0]
         import ray
 
-        self.rollouts.enrol("load", version=version, weights=ray.put(weights), folder=str(self._tables()))
+        self.rollouts.enrol("load", version=version, weights=ray.put(weights), folder=str(self._tables()), servers=self._servers)
         self.version, self._fresh = version, False
         self._seconds["publish"] = time.monotonic() - began
 
@@ -142,7 +151,7 @@ class Crew:
     def stop(self) -> None:
         for members in (self.rollouts, self.judges, self.learners):
             members.stop()
-        shutil.rmtree(self.tables, ignore_errors=True)
+        self._clear(self.tables)
 
     def _learners(self) -> Group:
         settings, told = self.config.align, to_dict(self.config)
@@ -152,7 +161,16 @@ class Crew:
         def make(rank: int) -> Any:
             return self._actor(LearnerProcess, "learner", rank, told, *where)
 
-        return Group(make, settings.learners, settings.timeout_s, "learner")
+        group = Group(make, settings.learners, settings.timeout_s, "learner")
+        self._spread = self._spread or several_nodes()  # stays so: a node that was lost may be replaced
+        self._servers = serve(group.nodes, self.environment, settings.timeout_s) if self._spread else []
+        return group
+
+    def _clear(self, folder: Path) -> None:
+        """Take published tables away, here and on the learners' nodes, whose servers are ended."""
+        dismiss(self._servers, folder)
+        self._servers = []
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _tables(self) -> Path:
         """Of the present learners: those after them publish elsewhere, so that nobody reads what a dead one left."""

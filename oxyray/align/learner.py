@@ -159,6 +159,7 @@ class Learner:
             target_path_BL=path_BJL[:, -1],
             target_behaviour_BL=torch.from_numpy(rolled.target_behaviour_BL),
             target_reward_B=torch.from_numpy(judged.target_reward_B),
+            reference_BJL=None if rolled.reference_BJL is None else torch.from_numpy(rolled.reference_BJL),
             supervised=supervised,
         )
 

@@ -28,7 +28,8 @@ Tensor = torch.Tensor
 class Lesson:
     """B requests (one query a segment), their candidates as nodes of the prefix index (-1: none) with the log-probabilities under which
     they were generated, and what they were worth. `target_path_BL` and `target_behaviour_BL` are those of the items really taken;
-    `target_reward_B`, their reward, is NaN for synthetic requests. `supervised` is any training batch, None to learn from rewards alone."""
+    `target_reward_B`, their reward, is NaN for synthetic requests. `reference_BJL` are log-probabilities of candidates and target by a
+    reference policy. `supervised` is any training batch, None to learn from rewards alone."""
 
     requests: Batch
     legal: Legal
@@ -38,6 +39,7 @@ class Lesson:
     target_path_BL: Tensor
     target_behaviour_BL: Tensor
     target_reward_B: Tensor
+    reference_BJL: Tensor | None = None
     supervised: Batch | None = None
 
     def lookups(self) -> dict[str, Tensor]:
@@ -105,12 +107,14 @@ class AlignedPolicy(nn.Module):
             reward_BG=lesson.reward_BG,
             real_BG=(lesson.path_BGL[..., -1] >= 0) & live_B[:, None],
             target_reward_B=lesson.target_reward_B,
+            reference_BGL=None if lesson.reference_BJL is None else lesson.reference_BJL[:, :-1],
         )
         generated_B = (lesson.path_BGL == lesson.target_path_BL[:, None]).all(-1).any(1)
         target = Target(
             logprob_BL=logprob_BJL[:, -1],
             behaviour_BL=lesson.target_behaviour_BL,
             joins_B=live_B & ~lesson.target_reward_B.isnan() & ~generated_B,
+            reference_BL=None if lesson.reference_BJL is None else lesson.reference_BJL[:, -1],
         )
         return policy_loss(group, self.objective, target)
 

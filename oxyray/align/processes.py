@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,8 @@ from oxyray.align.learner import Judged, Learner
 from oxyray.align.rollout import Rolled, Rollout
 from oxyray.cluster.fleet import Member
 from oxyray.cluster.group import Rank
+from oxyray.cluster.publish import sweep
+from oxyray.cluster.rows import here, opener
 from oxyray.config import Config, from_dict
 from oxyray.errors import RewardError
 from oxyray.logs import log_warnings
@@ -23,7 +25,7 @@ from oxyray.run import Run
 
 
 class LearnerProcess(Rank):
-    """One learner. `tables` is where it publishes them."""
+    """One learner. It publishes its tables in `tables`, in a folder of its node."""
 
     def __init__(self, config: dict[str, Any], tables: str, checkpoints: str) -> None:
         self.config, self.tables, self.checkpoints = from_dict(Config, config), Path(tables), Path(checkpoints)
@@ -31,7 +33,8 @@ class LearnerProcess(Rank):
     def join(self, rank: int, world: int, local_rank: int, local_world: int, address: str, port: int, seconds: float) -> None:
         super().join(rank, world, local_rank, local_world, address, port, seconds)
         log_warnings(Run(self.config.run_dir).folder, f"align-learner{rank}")
-        self.learner = Learner(self.config, self.config.align, self.tables, self.checkpoints, rank, world, _device())
+        sweep(self.tables.parent)
+        self.learner = Learner(self.config, self.config.align, self.tables / here(), self.checkpoints, rank, world, _device())
 
     def pid(self) -> int:
         return os.getpid()
@@ -70,8 +73,9 @@ class RolloutProcess(Member):
         _settle(self.config, "rollout")
         return Rollout(self.config, self.config.align)
 
-    def load(self, version: int, weights: Mapping[str, np.ndarray], folder: str) -> int:
-        return self.rollout.load(version, weights, Path(folder))
+    def load(self, version: int, weights: Mapping[str, np.ndarray], folder: str, servers: Sequence[tuple[str, Any]]) -> int:
+        """`servers` answer for the rows of other nodes, see `oxyray.cluster.rows`."""
+        return self.rollout.load(version, weights, Path(folder), opener(servers))
 
     def generate(self, step: int, piece: int) -> Rolled:
         return self.rollout.generate(step, piece)

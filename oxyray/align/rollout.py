@@ -1,7 +1,7 @@
 """The generating side of the loop, without Ray: requests in, candidates with their log-probabilities out (paper 2.4.1, 3.1.3).
 
-A rollout holds a copy of the dense weights and maps the published tables; both say which version they are of, and candidates are only made
-when they agree.
+A rollout holds a copy of the dense weights and reads the published tables, as files of its node or however it is told to open them; both
+say which version they are of, and candidates are only made when they agree.
 
 Legend: B requests, G candidates of a request, L SID levels.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from oxyray.align.requests import Requests
-from oxyray.cluster.publish import TableReader
+from oxyray.cluster.publish import Open, Reader, TableReader
 from oxyray.config import AlignConfig, Config
 from oxyray.data.batch import Batch
 from oxyray.errors import GenerationError
@@ -27,6 +27,7 @@ from oxyray.generate.sample import Sampling, sample
 from oxyray.generate.steps import PolicySteps
 from oxyray.model.inputs import Inputs
 from oxyray.model.policy import Rows
+from oxyray.model.saved import read_model
 from oxyray.run import Run
 
 Array = np.ndarray
@@ -36,7 +37,8 @@ Tensor = torch.Tensor
 @dataclass(frozen=True, kw_only=True)
 class Rolled:
     """Candidates of one piece of a step: leaves of the prefix index (-1: none), each token's log-probability under the mask and temperature
-    that generated it, and that of the item really taken."""
+    that generated it, and that of the item really taken. `reference_BJL` are the same of the supervised policy, the item really taken in
+    the last column; only where the objective asks how far the policy has gone from it."""
 
     step: int
     piece: int
@@ -45,6 +47,7 @@ class Rolled:
     behaviour_BGL: Array
     target_behaviour_BL: Array
     seconds: float
+    reference_BJL: Array | None = None
 
 
 class Pools:
@@ -67,13 +70,17 @@ class Rollout:
         self.policy = self.inputs.policy(replace(config.model, dropout=0.0)).eval()
         self.requests = Requests(self.inputs, config.model, settings)
         self.pools = Pools(self.inputs, self.policy.tree)
-        self._folder, self._readers = Path(), dict[str, TableReader]()
+        folder = Run(config.run_dir).path("pretrain", "model")
+        self._reference = read_model(folder, self.inputs) if settings.objective.kl else None
+        self._folder, self._readers = Path(), dict[str, Reader]()
+        self._open: Open = TableReader
         self.version = -1
 
-    def load(self, version: int, weights: Mapping[str, Array], folder: Path) -> int:
-        """Take over the dense weights of a version, whose tables are published in `folder`; gives it back."""
+    def load(self, version: int, weights: Mapping[str, Array], folder: Path, open_table: Open = TableReader) -> int:
+        """Take over the dense weights of a version, whose tables are published in `folder`, and how a table there is opened; gives the
+        version back. What was opened stays open while the folder is the same."""
         if folder != self._folder:
-            self._folder, self._readers = folder, {}
+            self._folder, self._open, self._readers = folder, open_table, {}
         self.policy.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()}, strict=False)
         self.version = version
         return version
@@ -93,9 +100,13 @@ class Rollout:
         target_B = self.policy.tree.leaf_of_item()[batch.items.ids_U[batch.target_Q]].long()
         path_BJL = paths(self.inputs, torch.cat([leaf_BG, target_B[:, None]], dim=1))
         behaviour_BJL = self.policy.logprob(batch, rows, path_BJL, legal, settings.temperature).numpy()
+        reference_BJL = None
+        if self._reference is not None:
+            start, tables = self._reference
+            reference_BJL = start.logprob(batch, tables.lookup(batch.lookups()), path_BJL, legal, settings.temperature).numpy()
         return Rolled(
             step=step, piece=piece, version=self.version, leaf_BG=leaf_BG.int().numpy(), behaviour_BGL=behaviour_BJL[:, :-1],
-            target_behaviour_BL=behaviour_BJL[:, -1], seconds=time.perf_counter() - begun,
+            target_behaviour_BL=behaviour_BJL[:, -1], seconds=time.perf_counter() - begun, reference_BJL=reference_BJL,
         )  # fmt: skip
 
     def _rows(self, batch: Batch) -> Rows:
@@ -104,7 +115,7 @@ class Rollout:
             if name == "user" and self.policy.user is None:
                 continue
             if name not in self._readers:
-                self._readers[name] = TableReader(self._folder, name)
+                self._readers[name] = self._open(self._folder, name)
             rows, version = self._readers[name].read(ids.clamp(min=0).numpy())
             if version != self.version:
                 raise GenerationError(

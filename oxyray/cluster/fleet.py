@@ -1,9 +1,10 @@
 """Processes that do the same work, any of which may die: rollout workers, reward actors.
 
 Jobs have keys. A job goes to an idle member; when its member dies the job goes to another, so that each key is answered once or the fleet
-raises. Ray starts a dead member anew; before it serves again it is enrolled (gets the current weights). Health and calls are kept by
-RLlib's FaultTolerantActorManager; what it does not know is here: jobs, enrolment, limits. Its `FaultAwareApply`, which ends the process on
-any error, is not used: an error of a job is raised here, with its own type.
+raises. Ray starts a dead member anew; before it serves again it is enrolled (gets the current weights). A member that died and came back
+between two jobs, when nobody looked, says so itself: each job names the enrolment that it needs. Health and calls are kept by RLlib's
+FaultTolerantActorManager; what it does not know is here: jobs, enrolment, limits. Its `FaultAwareApply`, which ends the process on any
+error, is not used: an error of a job is raised here, with its own type.
 """
 
 from __future__ import annotations
@@ -23,13 +24,26 @@ _PING_S = 0.5
 
 
 class Member:
-    """What an actor of a fleet extends: the two methods that the manager calls."""
+    """What an actor of a fleet extends: the methods that the manager and the fleet call."""
+
+    enrolment = 0
 
     def ping(self) -> str:
         return "pong"
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return func(self, *args, **kwargs)
+
+    def enter(self, method: str, enrolment: int, **arguments: Any) -> None:
+        """Be enrolled, for the so-manieth time in the fleet's life."""
+        getattr(self, method)(**arguments)
+        self.enrolment = enrolment
+
+    def serve(self, method: str, enrolment: int, **arguments: Any) -> Any:
+        """Do a job. Raises ProcessLost in a process that was not enrolled."""
+        if self.enrolment != enrolment:
+            raise ProcessLost("it died while it was idle, and came back")
+        return getattr(self, method)(**arguments)
 
 
 @dataclass
@@ -50,6 +64,7 @@ class Fleet:
     max_restarts: int
     restarts: int = 0
     enrolment: Enrol | None = None
+    enrolments: int = 0
     _jobs: dict[Hashable, _Job] = field(default_factory=dict)
     _waiting: deque[Hashable] = field(default_factory=deque)
     _running: dict[int, tuple[Hashable, float]] = field(default_factory=dict)
@@ -66,7 +81,7 @@ class Fleet:
         """Call `method` on every member, and from now on on every newcomer before it serves. Only while no job runs."""
         if self._running:
             raise ClusterError(f"{self.name}: jobs are running; a fleet is enrolled while it rests")
-        self.enrolment = method, arguments
+        self.enrolment, self.enrolments = (method, arguments), self.enrolments + 1
         self._enrolled(self._manager.healthy_actor_ids())
 
     def submit(self, key: Hashable, method: str, **arguments: Any) -> None:
@@ -145,7 +160,8 @@ class Fleet:
     def _hand_out(self, member: int, key: Hashable) -> None:
         job = self._jobs[key]
         job.tries += 1
-        sent = self._manager.foreach_actor_async(job.method, tag=str(key), kwargs=[job.arguments], remote_actor_ids=[member])
+        asked = job.arguments | {"method": job.method, "enrolment": self.enrolments}
+        sent = self._manager.foreach_actor_async("serve", tag=str(key), kwargs=[asked], remote_actor_ids=[member])
         if sent:
             self._running[member] = key, time.monotonic()
         else:
@@ -160,7 +176,7 @@ class Fleet:
         if not lost:
             raise own_error(error)
         self._waiting.appendleft(key)
-        self._died(member, error)
+        self._died(member, own_error(error) if isinstance(error, ProcessLost) else error)
 
     def _died(self, member: int, error: BaseException) -> None:
         self._manager.set_actor_state(member, False)
@@ -196,8 +212,9 @@ class Fleet:
                 self._alive(member)
             return
         method, arguments = self.enrolment
+        asked = arguments | {"method": method, "enrolment": self.enrolments}
         results = self._manager.foreach_actor(
-            method, kwargs=arguments, healthy_only=False, remote_actor_ids=members, timeout_seconds=self.seconds
+            "enter", kwargs=asked, healthy_only=False, remote_actor_ids=members, timeout_seconds=self.seconds
         )
         answered = set()
         for result in results:

@@ -3,18 +3,23 @@
 A published table is a file in shared memory, apart from the table that trains: it changes only when a version is published, by the rows
 that were touched since the version before, so its rows always belong to the dense weights of the same version. A sequence lock fences it:
 the writer makes the sequence odd, writes, makes it even again; a reader that met an odd or a changed sequence reads again. Each learner
-publishes its own shard; a reader takes rows only while all shards stand at one version.
+publishes its own shard; a reader takes rows only while all shards stand at one version. Where learners are spread over nodes, a node holds
+a part of the shards only, and `oxyray.cluster.rows` puts the parts together.
 
 Files: `NAME.RANK.rows`, float32 (rows, D), and `NAME.RANK.head`, int64: sequence, version, first row, rows, D, the writer's process id.
 
-Legend: N rows asked for, T touched rows, D row width.
+Legend: N rows asked for, T touched rows, D row width, S shards, R rows of a shard.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -24,6 +29,19 @@ Array = np.ndarray
 
 _SEQUENCE, _VERSION, _FIRST, _ROWS, _WIDTH, _PID, _FIELDS = 0, 1, 2, 3, 4, 5, 8
 _PAUSE = 2e-4
+
+
+class Unsettled(ClusterError):
+    """The shards of a table came to no common version in time."""
+
+
+class Reader(Protocol):
+    """Rows (N, D) of a published table, and the one version that all of them belong to."""
+
+    def read(self, ids_N: Array, seconds: float = 30.0) -> tuple[Array, int]: ...
+
+
+Open = Callable[[Path, str], Reader]  # of a folder and a table's name
 
 
 class PublishedShard:
@@ -59,33 +77,38 @@ class PublishedShard:
 
 
 class TableReader:
-    """The reader's side of a whole table. Opening maps the shards, which takes the same short time at any size.
+    """The reader's side of the shards in one folder. Opening maps them, which takes the same short time at any size.
 
-    Raises ClusterError when there is no shard, or the shards leave rows out.
+    Raises ClusterError when there is no shard, or when the shards leave rows out of the table and `whole` asks for all of it.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, whole: bool = True) -> None:
         files = sorted(folder.glob(f"{name}.*.head"), key=lambda file: int(file.name.split(".")[-2]))
         if not files:
             raise ClusterError(f"{folder} holds no shard of table {name}: is this the learners' node, and have they started?")
         self.name = name
         self._head_S = [np.memmap(file, np.int64, "r", shape=(_FIELDS,)) for file in files]
-        first_S = [int(head[_FIRST]) for head in self._head_S]
-        rows_S = [int(head[_ROWS]) for head in self._head_S]
-        self._end_S = np.cumsum(rows_S)
-        if first_S != [int(end) - rows for end, rows in zip(self._end_S, rows_S, strict=True)]:
-            raise ClusterError(f"the shards of table {name} in {folder} start at rows {first_S} but hold {rows_S} rows: one is missing")
+        self.ranges = [(int(head[_FIRST]), int(head[_FIRST] + head[_ROWS])) for head in self._head_S]
+        self._first_S, self._end_S = np.array(self.ranges, dtype=np.int64).T
+        self._solid = solid(self.ranges)
+        if whole and not (self._solid and self._first_S[0] == 0):
+            rows_S = [end - first for first, end in self.ranges]
+            raise ClusterError(
+                f"the shards of table {name} in {folder} start at rows {self._first_S.tolist()} but hold {rows_S} rows: one is missing"
+            )
         self.width = int(self._head_S[0][_WIDTH])
-        self._row_SRD = [_mapped(file.with_suffix(".rows"), rows, self.width) for file, rows in zip(files, rows_S, strict=True)]
+        self._row_SRD = [
+            _mapped(file.with_suffix(".rows"), end - first, self.width) for file, (first, end) in zip(files, self.ranges, strict=True)
+        ]
 
     def __len__(self) -> int:
-        return int(self._end_S[-1])
+        return sum(end - first for first, end in self.ranges)
 
     def read(self, ids_N: Array, seconds: float = 30.0) -> tuple[Array, int]:
-        """Rows (N, D) and the version that all of them belong to. Raises ClusterError for ids outside the table, and when no version stood
-        still within `seconds`."""
-        if len(ids_N) and not (ids_N.min() >= 0 and ids_N.max() < len(self)):
-            raise ClusterError(f"table {self.name} has rows 0 to {len(self) - 1}, asked were {ids_N.min()} to {ids_N.max()}")
+        """Rows (N, D) and the version that all of them belong to. Raises ClusterError for ids that no shard holds, Unsettled when no
+        version stood still within `seconds`."""
+        if len(ids_N) and not self._holds(ids_N):
+            raise ClusterError(f"table {self.name} has rows {told(self.ranges)}, asked were {ids_N.min()} to {ids_N.max()}")
         until = time.monotonic() + seconds
         while True:
             before_S = self._stand()
@@ -96,7 +119,7 @@ class TableReader:
             if time.monotonic() > until:
                 said = ", ".join(f"{int(h[_VERSION])}{'' if h[_SEQUENCE] % 2 == 0 else ' and writing'}" for h in self._head_S)
                 who = ", ".join(str(int(head[_PID])) for head in self._head_S)
-                raise ClusterError(
+                raise Unsettled(
                     f"table {self.name}: its shards came to no common version within {seconds:g} s (they stand at {said}): "
                     f"look at the learners (processes {who})"
                 )
@@ -108,15 +131,43 @@ class TableReader:
         still = all(sequence % 2 == 0 for sequence, _ in stand_S) and len({version for _, version in stand_S}) == 1
         return stand_S if still else None
 
+    def _holds(self, ids_N: Array) -> bool:
+        between = bool(ids_N.min() >= self._first_S[0] and ids_N.max() < self._end_S[-1])
+        return between and (self._solid or bool((located(self.ranges, ids_N) >= 0).all()))
+
     def _gather(self, ids_N: Array) -> Array:
         if len(self._row_SRD) == 1:
-            return self._row_SRD[0][ids_N]
+            first = int(self._first_S[0])
+            return self._row_SRD[0][ids_N - first if first else ids_N]
         shard_N = np.searchsorted(self._end_S, ids_N, side="right")
         row_ND = np.empty((len(ids_N), self.width), dtype=np.float32)
         for shard, row_RD in enumerate(self._row_SRD):
             mine_N = np.flatnonzero(shard_N == shard)
-            row_ND[mine_N] = row_RD[ids_N[mine_N] - (int(self._end_S[shard]) - len(row_RD))]
+            row_ND[mine_N] = row_RD[ids_N[mine_N] - self._first_S[shard]]
         return row_ND
+
+
+def located(ranges: Sequence[tuple[int, int]], ids_N: Array) -> Array:
+    """Which range (first row, end) holds each id, -1 where none does. Ranges rise and do not overlap."""
+    first_S, end_S = np.array([*ranges, (np.iinfo(np.int64).max,) * 2], dtype=np.int64).T
+    found_N = np.searchsorted(end_S, ids_N, side="right")
+    return np.where(ids_N >= first_S[found_N], found_N, -1)
+
+
+def solid(ranges: Sequence[tuple[int, int]]) -> bool:
+    """Whether each range begins where the one before ends."""
+    return all(end == first for (_, end), (first, _) in pairwise(ranges))
+
+
+def told(ranges: Sequence[tuple[int, int]]) -> str:
+    """The rows of these ranges, neighbours joined: `0 to 7, 12 to 15`."""
+    runs: list[list[int]] = []
+    for first, end in ranges:
+        if runs and runs[-1][1] == first:
+            runs[-1][1] = end
+        elif end > first:
+            runs.append([first, end])
+    return ", ".join(f"{first} to {end - 1}" for first, end in runs) or "none"
 
 
 def clear_dead(folder: Path) -> list[str]:
@@ -129,6 +180,15 @@ def clear_dead(folder: Path) -> list[str]:
             file.unlink(missing_ok=True)
             file.with_suffix(".rows").unlink(missing_ok=True)
     return gone
+
+
+def sweep(tables: Path) -> None:
+    """Remove what killed commands of the same run left on this node: folders beside `tables` (NAME-NUMBER) whose writers are gone."""
+    for left in tables.parent.glob(f"{tables.name.rpartition('-')[0]}-*"):
+        for folder in sorted(left.glob("**/"), reverse=True) if left != tables else []:
+            clear_dead(folder)
+            with suppress(OSError):  # not empty: a writer lives
+                folder.rmdir()
 
 
 def _mapped(file: Path, rows: int, width: int) -> Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from oxyray.config.plain import need
 
-REWARDS = ("format", "relative", "click", "conversion", "gmv", "taken", "diversity")
+REWARDS = ("format", "relative", "click", "log_click", "conversion", "gmv", "taken", "diversity")
 """The built-in rewards (`oxyray.reward.components`)."""
 DEFAULT = "default"
 
@@ -16,7 +16,7 @@ DEFAULT = "default"
 class RewardConfig:
     """The scenario-aware reward mapping (paper 2.4.2): a weighted sum of components, one mapping for all scenarios.
 
-    components: name of a reward: built in (format, relative, click, conversion, gmv, taken, diversity), or the path of one's own class
+    components: name of a reward: a built-in one, or the path of one's own class
     weights: scenario or default: component: weight; what a scenario leaves out is as in default, what default leaves out is 1
     retries: times that a reward which could not be computed is tried again before the run stops
     """
@@ -24,7 +24,16 @@ class RewardConfig:
     components: dict[str, str] = field(default_factory=lambda: {name: name for name in REWARDS})
     weights: dict[str, dict[str, float]] = field(
         default_factory=lambda: {
-            DEFAULT: {"format": 1.0, "relative": 0.1, "click": 1.0, "conversion": 1.0, "gmv": 0.0, "taken": 1.0, "diversity": 0.1}
+            DEFAULT: {
+                "format": 1.0,
+                "relative": 0.1,
+                "click": 1.0,
+                "log_click": 0.0,
+                "conversion": 1.0,
+                "gmv": 0.0,
+                "taken": 1.0,
+                "diversity": 0.1,
+            }
         }
     )
     retries: int = 2

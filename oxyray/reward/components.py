@@ -1,5 +1,5 @@
-"""The built-in rewards (paper 2.4.2): format, relative, ranking (click, conversion, GMV), real feedback (taken), diversity; and what any
-reward may know.
+"""The built-in rewards (paper 2.4.2): format, relative, ranking (click, its logarithm, conversion, GMV), real feedback (taken), diversity;
+and what any reward may know.
 
 Scores are made so that weights mean the same in every shop: shares, cosines and probabilities, and turnover in units of the catalogue's
 mean price. Legend: as in `mapping.py`, L SID levels.
@@ -130,6 +130,17 @@ class Click:
         return _chance(candidates, 0)
 
 
+class LogClick:
+    """The logarithm of the ranker's probability of a click. Beside a divergence from the supervised policy (`align.objective.kl`) its best
+    policy is the supervised one times a power of that probability; the plain probability would favour the few most clicked items."""
+
+    def __init__(self, shop: Shop) -> None:
+        del shop
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        return _chance(candidates, 0).clamp(min=1e-6).log()
+
+
 class Conversion:
     """The ranker's probability of a purchase."""
 
@@ -191,6 +202,7 @@ BUILT_IN: dict[str, Callable[[Shop], Reward]] = {
     "format": Format,
     "relative": Relative,
     "click": Click,
+    "log_click": LogClick,
     "conversion": Conversion,
     "gmv": Gmv,
     "taken": Taken,

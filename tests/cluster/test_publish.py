@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oxyray.cluster.publish import PublishedShard, TableReader, clear_dead
+from oxyray.cluster.publish import PublishedShard, TableReader, clear_dead, sweep
 from oxyray.errors import ClusterError
 
 ROWS, WIDTH = (300, 500), 24
@@ -141,3 +141,40 @@ def test_what_a_dead_writer_left_is_cleared_and_a_living_one_is_not(folder: Path
     assert len(TableReader(folder, "item")) == 4
     shard.close()
     assert list(folder.glob("*")) == []
+
+
+def test_a_part_of_the_shards_is_read_when_that_is_asked_for(folder: Path) -> None:
+    random = np.random.default_rng(2)
+    truth = random.normal(size=(20, WIDTH)).astype(np.float32)
+    for rank, (first, end) in {1: (4, 8), 2: (8, 12), 4: (16, 20)}.items():
+        PublishedShard(folder, "item", rank, first, end - first, WIDTH).publish(0, np.arange(end - first), truth[first:end])
+    with pytest.raises(ClusterError, match="one is missing"):
+        TableReader(folder, "item")
+    reader = TableReader(folder, "item", whole=False)
+    assert (reader.ranges, len(reader)) == ([(4, 8), (8, 12), (16, 20)], 12)
+    ids = random.choice([*range(4, 12), *range(16, 20)], 50)
+    rows, version = reader.read(ids)
+    assert version == 0
+    assert np.array_equal(rows, truth[ids])
+    for wrong in (3, 12, 15, 20, -1):
+        with pytest.raises(ClusterError, match=f"table item has rows 4 to 11, 16 to 19, asked were .*{wrong}"):
+            reader.read(np.array([wrong]))
+        with pytest.raises(ClusterError, match="has rows 4 to 11, 16 to 19"):
+            reader.read(np.array([5, wrong, 17]))
+
+
+def test_one_shard_from_the_middle_is_read_by_the_tables_own_row_numbers(folder: Path) -> None:
+    PublishedShard(folder, "item", 3, 30, 10, WIDTH).publish(5, np.arange(10), np.arange(10, dtype=np.float32)[:, None].repeat(WIDTH, 1))
+    rows, version = TableReader(folder, "item", whole=False).read(np.array([39, 30]))
+    assert (version, rows[:, 0].tolist()) == (5, [9.0, 0.0])
+
+
+def test_what_killed_commands_of_the_same_run_left_is_swept(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from oxyray.cluster.publish import PublishedShard; "
+    code += "[PublishedShard(pathlib.Path(folder), 'item', 0, 0, 4, 8) for folder in sys.argv[1:]]"
+    left = [str(tmp_path / name) for name in ("oxyray-a-1/1/node", "oxyray-a-1/2/node", "oxyray-b-1/1/node")]
+    subprocess.run([sys.executable, "-c", code, *left], check=True, timeout=120)
+    PublishedShard(tmp_path / "oxyray-a-3" / "1" / "node", "item", 0, 0, 4, 8)
+    sweep(tmp_path / "oxyray-a-2")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["oxyray-a-3", "oxyray-b-1"], "the living and other runs' stay"
+    assert len(list((tmp_path / "oxyray-a-3").rglob("item.*"))) == 2
