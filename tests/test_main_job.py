@@ -41,9 +41,11 @@ def test_from_logs_to_recommendations(tmp_path: Path) -> None:
         assert run.path(name).is_file(), name
 
     second = command(tmp_path, "run", *words)
-    assert [f"[{n}/5] {stage}: fresh, skipped" in second for n, stage in enumerate(STAGES, 1)] == [True] * 5
+    assert [stage for n, stage in enumerate(STAGES, 1) if f"[{n}/{len(STAGES)}] {stage}: fresh, skipped" in second] == STAGES
     third = command(tmp_path, "run", "--dry-run", *words, "model.dropout=0.5")
-    assert re.findall(r"^(\w+): (fresh|would run)", third, re.M) == list(zip(STAGES, ["fresh"] * 2 + ["would run"] * 3, strict=True))
+    assert re.findall(r"^(\w+): (fresh|would run)", third, re.M) == [
+        (stage, "fresh" if stage in ("prepare", "sid", "rank") else "would run") for stage in STAGES
+    ]
 
     printed = command(tmp_path, "recommend", f"run_dir={run.folder}", "user=U000001", "scenario=subsidy_home", "k=4")
     answered = oxyray.Recommender.load(run.folder).recommend("U000001", scenario="subsidy_home", k=4)

@@ -6,6 +6,7 @@ A bucket is an Arrow stream on disk; rows keep their input order.
 from __future__ import annotations
 
 import zlib
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -76,6 +77,12 @@ class Buckets:
             self._flush(bucket)
             self._writers[bucket].close()
             self._files[bucket].close()
+
+    def abandon(self) -> None:
+        """Let go of the files after a failure: an open one keeps its place on the disk, also when it was removed."""
+        for file in self._files:
+            with suppress(OSError):
+                file.close()
 
     def take(self, bucket: int) -> pa.Table:
         """The bucket's rows in input order; its file is removed."""

@@ -72,7 +72,12 @@ def write_prepared(data: DataConfig, source: Path, out: Path, quarantine: Quaran
     items, item_ids = _items(data, source, quarantine)
     users, user_ids = _users(data, source, quarantine)
     events = _open(data, source, "events")
-    buckets, scenarios = _spread(data, events, item_ids, Buckets(out / ".buckets", _part_count(data, events)), quarantine)
+    buckets = Buckets(out / ".buckets", _part_count(data, events))
+    try:
+        scenarios = _spread(data, events, item_ids, buckets, quarantine)
+    except BaseException:
+        buckets.abandon()
+        raise
     pool_SI = _pools(source, sorted(scenarios), item_ids, quarantine)
     quarantine.close()
     settled = _settle(buckets, Settled(out / ".settled"))
@@ -175,8 +180,8 @@ def _users(data: DataConfig, source: Path, quarantine: Quarantine) -> tuple[pa.T
     return rows, Ids(rows["user_id"].to_pylist())
 
 
-def _spread(data: DataConfig, events: Table, items: Ids, buckets: Buckets, quarantine: Quarantine) -> tuple[Buckets, list[str]]:
-    """Check all events once, in bounded memory; sound ones go to the buckets. Returns the scenarios in order of appearance too."""
+def _spread(data: DataConfig, events: Table, items: Ids, buckets: Buckets, quarantine: Quarantine) -> list[str]:
+    """Check all events once, in bounded memory; sound ones go to the buckets. Returns the scenarios in order of appearance."""
     latest = data.latest_time if data.time_unit == "position" or data.latest_time is not None else int(time.time())
     scenarios = Names()
     with bar(events.rows, "reading events", "event") as shown:
@@ -203,7 +208,7 @@ def _spread(data: DataConfig, events: Table, items: Ids, buckets: Buckets, quara
     buckets.close()
     if not buckets.rows:
         raise DataError(f"{events.files[0]}: no event is left after the checks")
-    return buckets, list(scenarios)
+    return list(scenarios)
 
 
 def _pools(source: Path, scenarios: list[str], items: Ids, quarantine: Quarantine) -> np.ndarray:

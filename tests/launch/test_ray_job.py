@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -173,7 +174,9 @@ def test_interrupting_leaves_the_job_and_says_how_to_follow_and_to_stop_it(place
     words = ["bash", "launch/ray_job.sh", f"--address={place.address}", "prepare", "data.mall.size=medium", f"run_dir={tmp_path}/run"]
     with open(tmp_path / "said", "w") as file:
         both = {"stdout": file, "stderr": subprocess.STDOUT}
-        job = subprocess.Popen(words, cwd=place.checkout, env=place.environment, start_new_session=True, **both)
+        # Who runs the tests may have told their processes to pass over an interrupt; a person's shell has not.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        job = subprocess.Popen(words, cwd=place.checkout, env=place.environment, start_new_session=True, preexec_fn=heed, **both)
     try:
         for _ in range(240):
             if (tmp_path / "run" / "logs").exists():
