@@ -24,6 +24,12 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so; else
 os.environ.pop("RAY_ADDRESS", None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process is left with a long one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def public_data() -> Path:
     """The folder of public data sets:

@@ -70,4 +70,5 @@ def validate(crew: Crew, course: Course, log: Log) -> None:
     found = crew.validate()
     if course.reached(found.get("valid_hit", float(course.step))):
         crew.keep_best(course.step, found)
+        crew.save(asdict(course))  # so that who goes on from a checkpoint knows of these weights
     log(found | {"best": course.best, "best_step": course.best_step}, course.step)

@@ -117,12 +117,14 @@ def _identity(config: Config, run: Run) -> dict[str, Any]:
     speed = ("learners", "rollouts", "judges", "layout", "threads_per_process", "gpu", "shared_memory", "save_every_steps", "steps")
     settings = {name: value for name, value in to_dict(config.align).items() if name not in (*speed, "max_restarts", "timeout_s")}
     settings["optim"] = {name: value for name, value in settings["optim"].items() if name != "zero_stage"}
-    start = read_json(run.path("pretrain", "model", "model.json"))
+    start, ranker = (read_json(run.path(stage, "model", "model.json")) for stage in ("pretrain", "rank"))
     inputs = Inputs.load(run)
     return {
         "align": settings,
         "reward": to_dict(config.reward),
         "start": {name: value for name, value in start.items() if name not in ("catalogue", "data")},
+        "ranker": ranker,
+        "validation": {"generate": to_dict(config.generate), "requests": config.train.eval_requests},
         "catalogue": inputs.catalog.version,
         "data": inputs.prepared.meta.fingerprint,
     }
