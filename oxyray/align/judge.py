@@ -25,9 +25,9 @@ class Judge:
         inputs = Inputs.load(run)
         self.requests = Requests(inputs, config.model, settings)
         self.service = RewardService(config, run, inputs)
-        index, counts_I = inputs.catalog.index, inputs.prepared.train_counts_I()
-        ranked = np.lexsort((index.leaf_items, -counts_I[index.leaf_items], index.item_leaf()))
-        self._item_of_leaf = index.leaf_items[ranked][np.append(0, np.cumsum(index.leaf_count, dtype=np.int64))[:-1]].astype(np.int64)
+        index = inputs.catalog.index
+        ranked = index.ranked_items(inputs.prepared.train_counts_I())
+        self._item_of_leaf = ranked[index.first_item(np.arange(index.leaves))].astype(np.int64)
 
     def judge(self, rolled: Rolled) -> tuple[Judged, dict[str, float]]:
         """Rewards of a piece's candidates and of the items really taken, and the means of their components for the log."""

@@ -57,9 +57,6 @@ class LearnerProcess(Rank):
     def export(self, folder: str, about: dict[str, Any]) -> None:
         self.learner.export(Path(folder), **about)
 
-    def close(self) -> None:
-        self.learner.close()
-
 
 class RolloutProcess(Member):
     """One rollout worker."""

@@ -50,7 +50,6 @@ class Member:
 class _Job:
     method: str
     arguments: dict[str, Any]
-    tries: int = 0
 
 
 @dataclass
@@ -159,7 +158,6 @@ class Fleet:
 
     def _hand_out(self, member: int, key: Hashable) -> None:
         job = self._jobs[key]
-        job.tries += 1
         asked = job.arguments | {"method": job.method, "enrolment": self.enrolments}
         sent = self._manager.foreach_actor_async("serve", tag=str(key), kwargs=[asked], remote_actor_ids=[member])
         if sent:

@@ -73,8 +73,7 @@ class _Serving:
 
     @classmethod
     def of(cls, policy: Policy, index: PrefixIndex, order_I: np.ndarray) -> _Serving:
-        ranked = np.lexsort((index.leaf_items, -order_I[index.leaf_items], index.item_leaf()))
-        return cls(policy, index, index.leaf_items[ranked], np.append(0, np.cumsum(index.leaf_count, dtype=np.int64)))
+        return cls(policy, index, index.ranked_items(order_I), np.append(0, np.cumsum(index.leaf_count, dtype=np.int64)))
 
     def below(self, leaf_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Items of these leaves in order, and the place in `leaf_N` that each belongs to."""

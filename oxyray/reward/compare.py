@@ -21,7 +21,7 @@ from oxyray.reward.baselines.columns import Facts
 from oxyray.reward.baselines.fit import fit_pointwise
 from oxyray.reward.baselines.pointwise import PointWise
 from oxyray.reward.log import Log
-from oxyray.reward.packing import Packer, RankBatch
+from oxyray.reward.packing import Packer
 from oxyray.reward.pages import Pages, Stretches, ranges, stretches
 from oxyray.reward.quality import auc, calibration_error, gauc
 from oxyray.reward.ranker import HEADS, Ranker
@@ -92,17 +92,10 @@ def _by_model(model: Ranker | PointWise, lookup: Callable[..., Any], packer: Pac
     found = []
     with bar(sum(len(taken) for _, taken in asked), f"{title} judges", "user") as progress:
         for pages, taken in asked:
-            for batch, count in _batches(packer, pages, taken, items):
+            for batch in packer.batches(pages, taken, items):
                 found.append(model.chances(batch, lookup(batch.lookups())).float().numpy())
-                progress.update(count)
+                progress.update(len(batch.user_B))
     return np.concatenate(found)
-
-
-def _batches(packer: Packer, pages: Pages, taken: Stretches, items: int) -> Iterator[tuple[RankBatch, int]]:
-    items_B = np.cumsum(pages.offset_R1[taken.stop_B] - pages.offset_R1[taken.start_B])
-    for rows in np.split(np.arange(len(taken)), np.searchsorted(items_B, np.arange(items, items_B[-1], items))):
-        if len(rows):
-            yield packer.pack(pages, taken.take(rows)), len(rows)
 
 
 def _rows(taken: Stretches) -> Array:

@@ -7,6 +7,7 @@ width of a text vector.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,14 @@ class Packer:
         visible_R = self._visible(pages, row_R, start_R)
         batch = self._batch(pages, row_R, length_B, visible_R, row_R >= np.repeat(taken.asked_B, length_B))
         return dataclasses.replace(batch, counts=counts)
+
+    def batches(self, pages: Pages, taken: Stretches, items: int) -> Iterator[RankBatch]:
+        """The stretches in order, in batches of about `items` shown items."""
+        items_B = np.cumsum(pages.offset_R1[taken.stop_B] - pages.offset_R1[taken.start_B])
+        cuts = np.searchsorted(items_B, np.arange(items, items_B[-1] if len(items_B) else 0, items))
+        for rows in np.split(np.arange(len(taken)), cuts):
+            if len(rows):
+                yield self.pack(pages, taken.take(rows))
 
     def requests(
         self,

@@ -122,6 +122,10 @@ class PrefixIndex:
                 low_N, high_N = self.children(level, node_N)
         return np.where(found_N, node_N, -1)
 
+    def ranked_items(self, order_I: Array) -> Array:
+        """`leaf_items` with the items of each leaf in the order of the tie-break: larger `order_I` first, then the smaller item index."""
+        return self.leaf_items[np.lexsort((self.leaf_items, -order_I[self.leaf_items], self.item_leaf()))]
+
     def items_of(self, leaf: int) -> Array:
         """Item indices that share this SID, ascending: int64."""
         first = int(self.first_item(np.array([leaf]))[0])

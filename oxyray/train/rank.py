@@ -106,9 +106,7 @@ class Validation:
             asked_B = np.cumsum(taken.stop_B - taken.asked_B)
             taken = taken.take(np.arange(np.searchsorted(asked_B, share)))
             self.requests += int((taken.stop_B - taken.asked_B).sum())
-            items_B = np.cumsum(pages.offset_R1[taken.stop_B] - pages.offset_R1[taken.start_B])
-            cuts = np.searchsorted(items_B, np.arange(settings.items_per_step, items_B[-1] if len(items_B) else 0, settings.items_per_step))
-            batches += [packer.pack(pages, taken.take(rows)) for rows in np.split(np.arange(len(taken)), cuts) if len(rows)]
+            batches += packer.batches(pages, taken, settings.items_per_step)
         mine: list[RankBatch | None] = list(batches[rank::world])
         self._batches = mine + [None] * (-(-len(batches) // world) - len(mine))
 
