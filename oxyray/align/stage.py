@@ -28,8 +28,7 @@ from oxyray.model.inputs import Inputs
 from oxyray.progress import bar
 from oxyray.run import Run
 from oxyray.train import checkpoint
-from oxyray.train.course import begun_with
-from oxyray.train.driver import environment, stop_on_sigterm
+from oxyray.train.driver import environment, resumable, stop_on_sigterm
 
 
 def align(config: Config, run: Run) -> None:
@@ -90,21 +89,13 @@ def _go(crew: Crew, config: Config, run: Run, course: Course) -> None:
 
 
 def _begin(config: Config, run: Run, identity: dict[str, Any]) -> Course:
-    """Look at what is there: a checkpoint to go on from, or one of other settings (set aside). Says which."""
-    folder, checkpoints = run.path("align"), run.path("align", "checkpoints")
-    checkpoint.sweep(checkpoints)
-    found = checkpoint.latest(checkpoints)
-    if found is not None:
-        why = "force=true" if config.force else begun_with(found, {"identity": identity})
-        if why is None:
-            course = Course(**found.meta["course"])
-            print(f"align: goes on from step {course.step}, after {course.minutes:.1f} minutes", flush=True)
-            return course
-        aside = folder / "checkpoints.replaced"
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoints.rename(aside)
-        print(f"align: begins anew ({why}); the earlier checkpoints are in {aside}", flush=True)
-    return Course()
+    """From the checkpoint to go on from, else from the start. Says which."""
+    found = resumable("align", run, {"identity": identity}, config.force)
+    if found is None:
+        return Course()
+    course = Course(**found.meta["course"])
+    print(f"align: goes on from step {course.step}, after {course.minutes:.1f} minutes", flush=True)
+    return course
 
 
 def _saved(run: Run) -> Course | None:

@@ -69,23 +69,31 @@ def train(task: str, config: Config, run: Run) -> None:
     print(_summary(made, folder), flush=True)
 
 
-def _already_over(task: Task, run: Run, force: bool) -> bool:
-    """Look at what is there: over, to be gone on from, or of other settings (set aside). Says which."""
-    stage, folder = task.stage, run.path(task.stage)
-    checkpoints = folder / "checkpoints"
+def resumable(stage: str, run: Run, identity: dict[str, Any], force: bool) -> checkpoint.Checkpoint | None:
+    """The stage's latest checkpoint, if it can be gone on from. One of other settings is set aside, and that is said."""
+    checkpoints = run.path(stage, "checkpoints")
     checkpoint.sweep(checkpoints)
     found = checkpoint.latest(checkpoints)
     if found is None:
-        return False
-    why = "force=true" if force else begun_with(found, task.identity())
-    if why is not None:
-        aside = folder / "checkpoints.replaced"
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoints.rename(aside)
-        print(f"{stage}: begins anew ({why}); the earlier checkpoints are in {aside}", flush=True)
+        return None
+    why = "force=true" if force else begun_with(found, identity)
+    if why is None:
+        return found
+    aside = run.path(stage, "checkpoints.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoints.rename(aside)
+    print(f"{stage}: begins anew ({why}); the earlier checkpoints are in {aside}", flush=True)
+    return None
+
+
+def _already_over(task: Task, run: Run, force: bool) -> bool:
+    """Look at what is there: over, or to be gone on from. Says which."""
+    stage = task.stage
+    found = resumable(stage, run, task.identity(), force)
+    if found is None:
         return False
     course = found.meta["course"]
-    if course["ended"] and found.meta["limits"] == limits(task.settings) and (folder / "model" / "model.json").exists():
+    if course["ended"] and found.meta["limits"] == limits(task.settings) and run.path(stage, "model", "model.json").exists():
         print(f"{stage}: already over at step {found.step} ({course['ended']}): nothing is trained", flush=True)
         return True
     print(f"{stage}: goes on from step {found.step}, after {course['minutes']:.1f} minutes of training", flush=True)
