@@ -6,6 +6,7 @@ Both nodes are of this machine and see the same shared memory; rows go by Ray's 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -181,6 +182,11 @@ def test_a_lost_place_that_nobody_has_room_for_is_an_error_in_time(place: Place)
         workers.stop()
 
 
+def _pid(worker: Any) -> int:
+    del worker
+    return os.getpid()
+
+
 def test_a_worker_that_died_and_came_back_unseen_is_enrolled_before_it_serves(place: Place) -> None:
     import ray
 
@@ -188,15 +194,17 @@ def test_a_worker_that_died_and_came_back_unseen_is_enrolled_before_it_serves(pl
     made: Any = ray.remote(Worker).options(max_restarts=-1, num_cpus=0)
     workers = Fleet("worker", [made.remote()], 60.0, 4)
     workers.enrol("load", version=5)
-    ray.kill(workers.actors[0], no_restart=False)
+    first = ray.get(workers.actors[0].apply.remote(_pid), timeout=60)
+    ray.kill(workers.actors[0], no_restart=False)  # it takes a while: the first answers may still be the old one's
     back = time.monotonic() + 60
     while True:
         assert time.monotonic() < back
         try:
-            ray.get(workers.actors[0].ping.remote(), timeout=60)
-            break
+            if ray.get(workers.actors[0].apply.remote(_pid), timeout=60) != first:
+                break
         except ray.exceptions.RayActorError:
-            time.sleep(0.1)
+            pass
+        time.sleep(0.1)
     workers.submit("a", "work")
     assert workers.collect(["a"], "a job") == [5]
     assert workers.restarts == 1
