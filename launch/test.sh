@@ -19,5 +19,5 @@ unset RAY_ADDRESS
 "$VENV/bin/ruff" format --check
 "$VENV/bin/mypy"
 "$VENV/bin/lint-imports"
-# Most tests wait for processes to start, so two at a time take half as long; a file stays together.
-"$VENV/bin/python" -m pytest -n 2 --dist loadfile --durations=10 "$@"
+# Two files at a time, the slow ones first (tests/conftest.py), so that neither process is left with a long one.
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@"

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oxyray.cluster.start import one_ray
 from oxyray.config import Config, to_dict
 from oxyray.errors import ConfigError, RunError
 from oxyray.files import clear_leftovers, read_json, write_json
@@ -148,7 +149,7 @@ STAGES: tuple[Stage, ...] = (
 def run_all(config: Config, stages: Sequence[Stage] = STAGES, say: Callable[[str], None] = print) -> None:
     """Every stage in order; fresh ones are skipped. Raises what a stage raises; what earlier stages wrote stays."""
     run = Run(config.run_dir)
-    with _alone(run), tracked(config.tracking, run, to_dict(config)):
+    with _alone(run), tracked(config.tracking, run, to_dict(config)), one_ray(config.processes):
         for number, stage in enumerate(stages, 1):
             _run(stage, config, run, stages, f"[{number}/{len(stages)}] ", say)
 

@@ -2,7 +2,8 @@
 
 `address=local` starts a Ray of this command's own, whatever address an older cluster left in the environment. `auto` and `HOST:PORT`
 join. A process that already has Ray (a sweep's job, a training worker) keeps it. A cluster that does not answer is an error after a
-limit, not a hang. Every stage that uses Ray gets it here: `ray_for` for the time of its work.
+limit, not a hang. Every stage that uses Ray gets it here: `ray_for` for the time of its work; stages that follow each other share one by
+`one_ray`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from oxyray.config import ClusterConfig
 from oxyray.errors import ClusterError
 
 _LEAST_STORE = 80 * 2**20  # Ray refuses a smaller object store
+_shared_cpus: int | None = None  # within `one_ray`: what its Ray offers at least
 
 
 def start(config: ClusterConfig, local_cpus: int | None = None, quiet: bool = False) -> str:
@@ -75,9 +78,9 @@ def ray_for(config: ClusterConfig, workers: int, otherwise: str = "") -> Iterato
     """
     import ray
 
-    mine = not ray.is_initialized()
+    mine = not ray.is_initialized() and _shared_cpus is None
     try:
-        start(config, local_cpus=workers, quiet=True)
+        start(config, local_cpus=max(workers, _shared_cpus or 0), quiet=True)
     except ClusterError as error:
         raise ClusterError(f"{error}{f'; {otherwise} does without Ray' if otherwise else ''}") from error
     try:
@@ -85,6 +88,21 @@ def ray_for(config: ClusterConfig, workers: int, otherwise: str = "") -> Iterato
     finally:
         if mine:
             ray.shutdown()
+
+
+@contextmanager
+def one_ray(processes: int) -> Iterator[None]:
+    """The stages in the body share the Ray that the first of them starts or joins; it is left after the body. A local one offers CPUs for
+    `processes` at least. Starting Ray takes a few seconds, so a body that needs none starts none."""
+    global _shared_cpus
+    before, _shared_cpus = _shared_cpus, processes
+    had = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    try:
+        yield
+    finally:
+        _shared_cpus = before
+        if not had and before is None and "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
 
 
 def store_bytes(wanted_gb: float) -> int:

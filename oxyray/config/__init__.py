@@ -65,6 +65,12 @@ class Config:
         if self.data.source == "mall":
             need(width <= items, "sid.width", f"{width} codes are more than the shop's {items} items: set it to {items} or less")
 
+    @property
+    def processes(self) -> int:
+        """The most processes that a stage has at work at a time."""
+        aligning = self.align.learners + self.align.rollouts + self.align.judges
+        return max(self.data.mall.workers, self.sid.workers, self.train.workers, self.rank.workers, aligning)
+
 
 __all__ = [
     "AlignConfig",

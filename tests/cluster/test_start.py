@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from oxyray.cluster.start import ray_for
+from oxyray.cluster.start import one_ray, ray_for
 from oxyray.config import ClusterConfig, Config, MallConfig, SidConfig, from_dict
 from oxyray.data import mall
 from oxyray.errors import ClusterError
@@ -49,6 +49,21 @@ def test_prepare_hands_the_cluster_down(tmp_path: Path, nobody: str) -> None:
     values = {"run_dir": str(tmp_path), "cluster": {"address": nobody}, "data": {"name": "shop", "source": "mall", "mall": SHOP}}
     with pytest.raises(ClusterError, match=f"cluster.address={nobody}"):
         prepare(from_dict(Config, values), Run(tmp_path))
+
+
+@pytest.mark.ray
+def test_stages_in_a_row_share_the_ray_that_the_first_one_starts() -> None:
+    import ray
+
+    config, seen = ClusterConfig(cpus=1, object_store_gb=0.1, start_timeout_s=200), []
+    with one_ray(3):
+        assert not ray.is_initialized(), "who needs none starts none"
+        for workers in (1, 2):
+            with ray_for(config, workers):
+                seen.append((ray.get_runtime_context().gcs_address, ray.cluster_resources()["CPU"]))
+        assert ray.is_initialized()
+    assert not ray.is_initialized()
+    assert seen == [(seen[0][0], 3.0)] * 2
 
 
 @pytest.mark.ray

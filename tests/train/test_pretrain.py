@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from oxyray.cluster.start import one_ray
 from oxyray.config import ClusterConfig, Config, OptimConfig, TrainConfig, to_dict
 from oxyray.errors import RunError, TrainingError
 from oxyray.files import read_json, write_json
@@ -31,13 +33,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     made, _ = prepared_run(tmp_path_factory.mktemp("shop"))
     train = TrainConfig(
-        epochs=30, targets_per_step=40, workers=2, eval_requests=20, eval_every_epochs=10, save_every_minutes=0.005, max_restarts=2,
+        epochs=10, targets_per_step=40, workers=2, eval_requests=20, eval_every_epochs=5, save_every_minutes=0.005, max_restarts=2,
         optim=OptimConfig(zero_stage=2),
     )  # fmt: skip
-    return dataclasses.replace(made, train=train, cluster=ClusterConfig(object_store_gb=0.1, start_timeout_s=300))
+    with one_ray(train.workers):
+        yield dataclasses.replace(made, train=train, cluster=ClusterConfig(object_store_gb=0.1, start_timeout_s=300))
 
 
 def copy(config: Config, folder: Path) -> Config:
@@ -80,7 +83,7 @@ def test_a_killed_worker_repeats_no_batch_and_loses_none(config: Config, tmp_pat
         os.kill(progress["pids"][1], signal.SIGKILL)
         killed.append(progress["step"])
 
-    killer = when_at(tmp_path / "hit", 10, kill)
+    killer = when_at(tmp_path / "hit", 6, kill)
     run = Run(hit.run_dir)
     pretrain(hit, run)
     killer.join(timeout=10)
