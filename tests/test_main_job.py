@@ -32,6 +32,7 @@ def command(folder: Path, *words: str) -> str:
 @pytest.mark.timeout(600)
 def test_from_logs_to_recommendations(tmp_path: Path) -> None:
     words = ["debug=fast", "evaluate=quick", f"run_dir={tmp_path}/run", f"sid.cache_dir={tmp_path}/cache", "cluster.object_store_gb=0.2"]
+    words += ["data.mall.items=300"]  # every title is embedded
     first = command(tmp_path, "run", *words)
     run = Run(tmp_path / "run")
     assert [stage for stage in STAGES if run.path("stages", f"{stage}.json").is_file()] == STAGES

@@ -10,7 +10,18 @@ from oxyray.data.prepared import Meta
 from oxyray.evaluate.lists import PROTOCOLS
 from oxyray.evaluate.report_plots import Bar, bars, legend
 from oxyray.evaluate.report_sections import card, missing, section, table, tile
-from oxyray.evaluate.table import LEVEL_TITLES, MODEL_TITLES, OPTIMUM_TITLES, TITLES, best_possible, cited, entry, shown_k
+from oxyray.evaluate.table import (
+    LEVEL_TITLES,
+    MODEL_TITLES,
+    OPTIMUM_TITLES,
+    TITLES,
+    VALUE_KINDS,
+    best_possible,
+    cited,
+    entry,
+    shown_k,
+    value_rows,
+)
 
 Results = dict[str, Any]
 
@@ -62,7 +73,7 @@ def results_section(results: Results | None) -> str:
     )
     k = shown_k(results["ks"])
     cards = [_overall(results, protocol, k) for protocol in PROTOCOLS]
-    body = f'<div class="grid two">{"".join(cards)}</div>' + _scenarios(results, k) + _against(results, k)
+    body = f'<div class="grid two">{"".join(cards)}</div>' + _scenarios(results, k) + _value(results) + _against(results, k)
     body += "".join(
         _full(results, level, protocol)
         for level in LEVEL_TITLES
@@ -107,6 +118,19 @@ def _scenarios(results: Results, k: int) -> str:
         cards.append(card(f'{escape(scenario)} <small class="caption">{count}</small>', bars(rows, top)))
     key = legend([("best possible in the embedded shop", "optimum")]) if results.get("optimum") else ""
     return f'<h3 style="margin-top:24px">By scenario: {name} as specified</h3><div class="grid">{"".join(cards)}</div>{key}'
+
+
+def _value(results: Results) -> str:
+    """What slates are worth in the embedded shop, overall and by scenario."""
+    found = results.get("value")
+    if not found:
+        return ""
+    body: list[tuple[str, tuple[str, ...]]] = []
+    for scenario in dict.fromkeys(row["scenario"] for row in found["table"]):
+        body.append(("group", (escape(scenario or "all scenarios"), *("" for _ in VALUE_KINDS))))
+        body += [("", (escape(title), *cells)) for title, cells in value_rows(found, scenario)]
+    note = f"Expected of showing the best {found['k']} once, with its standard error: an aligned policy should be worth more, not only hit."
+    return card("Value of the slates, by the shop's true utility", table(["model", *VALUE_KINDS], body) + f'<p class="note">{note}</p>')
 
 
 def _against(results: Results, k: int) -> str:

@@ -25,10 +25,10 @@ from oxyray.evaluate.baselines import Lists, Recommends
 from oxyray.evaluate.baselines.knn import Knn
 from oxyray.evaluate.baselines.popularity import Popularity
 from oxyray.evaluate.lists import PROTOCOLS, kept, legal, seen, sids
-from oxyray.evaluate.optimum import best_possible
+from oxyray.evaluate.optimum import best_possible, slate_values
 from oxyray.evaluate.predictions import Writer, recompute
 from oxyray.evaluate.requests import TEST, Requests, asked
-from oxyray.evaluate.table import published, text
+from oxyray.evaluate.table import published, shown_k, text
 from oxyray.files import whole, write_json
 from oxyray.generate.engine import Generator
 from oxyray.model.inputs import Inputs, check_beams
@@ -88,7 +88,7 @@ def evaluate(config: Config, run: Run) -> None:
         part.mkdir(parents=True)
         requests = list(asked(inputs.prepared, TEST, config.evaluate.max_requests, config.seed))
         results = measure(config, inputs, models, requests, part)
-        results["optimum"] = _optimum(config, run, inputs.prepared, requests)
+        results |= _truth(config, run, inputs.prepared, requests, part)
         write_json(part / "metrics.json", results)
     run.log("evaluate", {"seconds": results["seconds"]})
     for line in results["table"]:
@@ -97,13 +97,17 @@ def evaluate(config: Config, run: Run) -> None:
     print(text(results), flush=True)
 
 
-def _optimum(config: Config, run: Run, prepared: Prepared, requests: list[Requests]) -> dict[str, Any] | None:
-    """It only stands beside the results, so a shop of an older simulator costs the optimum and not the evaluation."""
+def _truth(config: Config, run: Run, prepared: Prepared, requests: list[Requests], folder: Path) -> dict[str, Any]:
+    """It only stands beside the results, so a shop of an older simulator costs what it tells and not the evaluation."""
+    ks, path = config.evaluate.ks, folder / "predictions.parquet"
     try:
-        return best_possible(run, prepared, requests, config.evaluate.ks, config.seed)
+        return {
+            "optimum": best_possible(run, prepared, requests, ks, config.seed),
+            "value": slate_values(run, prepared, requests, path, shown_k(ks), config.seed),
+        }
     except DataError as error:
-        print(f"the best possible hit rate is left out: {error}", flush=True)
-        return None
+        print(f"the best possible hit rate and the value of slates are left out: {error}", flush=True)
+        return {"optimum": None, "value": None}
 
 
 def baselines(config: Config, run: Run, prepared: Prepared, device: str = "cpu") -> list[Recommends]:

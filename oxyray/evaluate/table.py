@@ -23,6 +23,7 @@ MODEL_TITLES = {
     "sasrec": "SASRec",
 }
 OPTIMUM_TITLES = {"public": "best possible, from the log", "hidden": "best possible, shopper known"}
+VALUE_KINDS = ("clicks", "carts", "purchases", "turnover")
 _SHORT = {"Recall": "R", "NDCG": "N"}
 
 
@@ -50,7 +51,7 @@ def text(results: Results) -> str:
     for level in dict.fromkeys(e["level"] for e in results["table"]):
         for protocol in PROTOCOLS:
             lines += ["", f"{LEVEL_TITLES[level]} - {TITLES[protocol]}", *_block(results, models, protocol, level, ks)]
-    lines += _distance(results, models, ks) + _scenarios(results, models, ks)
+    lines += _distance(results, models, ks) + _value(results) + _scenarios(results, models, ks)
     lines += _against(results, ks)
     outside = ", ".join(f"{model} {share:.2%}" for model, share in results["outside_pool"].items())
     lines += ["", f"  recommended places that held an item outside the scenario's pool: {outside}"]
@@ -87,6 +88,27 @@ def _distance(results: Results, models: Sequence[str], ks: Sequence[int]) -> lis
     goal = best_possible(results["optimum"], "public", None)[name]
     reached = ", ".join(f"{MODEL_TITLES.get(model, model)} {row['metrics'][name] / goal:.0%}" for model, row in rows if row)
     return ["", f"share of the best possible {name} ({goal:.4f}, on {results['optimum']['requests']:,} of the requests): {reached}"]
+
+
+def _value(results: Results) -> list[str]:
+    """What the models' slates are worth in the embedded shop."""
+    found = results.get("value")
+    if not found:
+        return []
+    rows = value_rows(found)
+    wide = max(len(title) for title, _ in rows)
+    lines = ["", f"expected of showing the best {found['k']} once, by the shop's true utility, on {found['requests']:,} of the requests"]
+    lines.append(f"  {'model':<{wide}}" + "".join(f"{kind:>20}" for kind in VALUE_KINDS))
+    return lines + [f"  {title:<{wide}}" + "".join(f"{cell:>20}" for cell in cells) for title, cells in rows]
+
+
+def value_rows(value: dict[str, Any], scenario: str | None = None) -> list[tuple[str, list[str]]]:
+    """Title of each model and its cells, each with its standard error."""
+    return [
+        (MODEL_TITLES.get(row["model"], row["model"]), [f"{row['metrics'][kind]:.4f} ± {row['errors'][kind]:.4f}" for kind in VALUE_KINDS])
+        for row in value["table"]
+        if row["scenario"] == scenario
+    ]
 
 
 def best_possible(optimum: dict[str, Any], knowledge: str, scenario: str | None) -> dict[str, float]:

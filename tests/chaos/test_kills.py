@@ -14,7 +14,7 @@ import pytest
 from oxyray.align.stage import align
 from oxyray.cluster.start import ray_for
 from oxyray.config import Config, to_dict
-from oxyray.errors import ClusterError, TrainingError
+from oxyray.errors import TrainingError
 from oxyray.files import read_json, write_json
 from oxyray.run import Run
 from oxyray.train import checkpoint
@@ -74,14 +74,6 @@ def test_learners_that_die_too_often_end_the_run_with_a_reason(config: Config, t
     made, run = copied(config, tmp_path / "run", max_restarts=0)
     killer = when_at(run, 1, lambda: kill("learner"))
     with pytest.raises(TrainingError, match=r"learners: .* lost .* 0 restarts of the learners"):
-        align(made, run)
-    killer.join(timeout=10)
-
-
-def test_rollout_workers_that_die_too_often_end_the_run_with_a_reason(config: Config, tmp_path: Path) -> None:
-    made, run = copied(config, tmp_path / "run", max_restarts=0)
-    killer = when_at(run, 1, lambda: kill("rollout"))
-    with pytest.raises(ClusterError, match=r"rollout worker 0 was lost .* 0 restarts"):
         align(made, run)
     killer.join(timeout=10)
     assert not processes("rollout"), "nobody is left behind"
