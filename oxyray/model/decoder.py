@@ -33,13 +33,6 @@ class Memory:
     visible_BPS: Tensor
     position_BP: Tensor
 
-    def shared_by(self, group: int) -> Memory:
-        """For `group` queries in the place of each segment's only one: query b·group + g is the g-th of segment b."""
-        requests = len(self.memory_BSD)
-        query_BP = torch.arange(requests * group, device=self.query_BP.device).view(requests, group)
-        visible_BPS, position_BP = self.visible_BPS.expand(-1, group, -1), self.position_BP.expand(-1, group)
-        return Memory(self.memory_BSD, self.position_BS, query_BP, torch.ones_like(query_BP, dtype=torch.bool), visible_BPS, position_BP)
-
 
 @dataclass
 class BeamState:

@@ -121,48 +121,55 @@ class Policy(nn.Module):
         return {"ntp": nll_Q} if prob_QU is None else {"ntp": nll_Q, "distill": distilled_Q}
 
     def logprob(self, batch: Batch, rows: Rows, path_BGL: Tensor, legal: Legality | None = None, temperature: float = 1.0) -> Tensor:
-        """Log-probability of every token of given SIDs, each over its prefix's legal children at `temperature`: (B, G, L), with gradient.
+        """Log-probability of every token of given SIDs, each over its prefix's legal children at `temperature`: (B, G, L), with gradient,
+        without dropout in the decoder.
 
-        `batch` has one query a segment; `path_BGL` are nodes of the index, -1 for an absent candidate (0 in the result). The encoder and
-        the cross-attention's keys and values are computed once a request. Raises GenerationError for a candidate that is not legal.
+        `batch` has one query a segment; `path_BGL` are nodes of the index, -1 for an absent candidate (0 in the result). What a request's
+        candidates share (history, prompt, the first code's distribution) is computed once. Raises GenerationError for a candidate that is
+        not legal.
         """
         (requests, group, levels), real_BG = path_BGL.shape, path_BGL[..., -1] >= 0
-        item_UD = self.items(batch.items, rows["item"])
-        memory = self._memory(batch, rows, item_UD)
-        vectors = self.head.vectors(self.tree, item_UD)
-        path_ML, request_M = path_BGL.clamp(min=0).flatten(0, 1), torch.arange(requests, device=path_BGL.device).repeat_interleave(group)
-        prompt_MTD = self._prompt(batch, item_UD, memory)[request_M]
-        tokens = [self._token(level, self.tree.code(level)[path_ML[:, level]])[:, None] for level in range(levels - 1)]
-        x_MTD = self.dropout(torch.cat([prompt_MTD, *tokens], dim=1)) + self._state(batch, memory)[request_M][:, None]
-        hidden_MTD = self.decoder(x_MTD, memory.shared_by(group))[:, prompt_MTD.shape[1] - 1 :] / temperature
-        token_lp = [
-            self._token_logprob(level, hidden_MTD[:, level], vectors[level], path_ML, request_M, real_BG.flatten(), legal)
-            for level in range(levels)
-        ]
-        return torch.stack(token_lp, dim=-1).view(requests, group, levels)
+        node_BGL = path_BGL.clamp(min=0)
+        decoding = self._started(batch, rows)
+        found = [self._first_logprob(decoding, node_BGL[..., 0], real_BG, legal, temperature)]
+        request_M, real_M = torch.arange(requests, device=path_BGL.device).repeat_interleave(group), real_BG.flatten()
+        for level in range(1, levels):
+            self._advance(decoding, level - 1, node_BGL[..., level - 1], None)
+            hidden_MD, path_ML = decoding.hidden_BKD.flatten(0, 1) / temperature, node_BGL.flatten(0, 1)
+            token_M = self._token_logprob(level, hidden_MD, decoding.vectors[level], path_ML, request_M, real_M, legal)
+            found.append(token_M.view(requests, group))
+        return torch.stack(found, dim=-1)
+
+    def _first_logprob(self, decoding: Decoding, node_BG: Tensor, real_BG: Tensor, legal: Legality | None, temperature: float) -> Tensor:
+        """Of the first codes: (B, G). All requests score the same nodes."""
+        requests, nodes = len(node_BG), self.tree.nodes(0)
+        child_N = torch.arange(nodes, device=node_BG.device)
+        logit_BN = decoding.hidden_BKD[:, 0] @ decoding.vectors[0][self.head.rows(self.tree, 0, child_N)].T / temperature
+        if legal is not None:
+            request_P = torch.arange(requests, device=node_BG.device).repeat_interleave(nodes)
+            keep_P = legal.keep(0, request_P, child_N.repeat(requests))
+            if keep_P is not None:
+                keep_BN = keep_P.view(requests, nodes)
+                _refuse(real_BG & ~keep_BN.gather(1, node_BG), 0)
+                logit_BN = logit_BN.masked_fill(~keep_BN, -torch.inf)
+        token_BG = logit_BN.log_softmax(-1).gather(1, node_BG)
+        return torch.where(real_BG, token_BG, 0)
 
     def _token_logprob(
         self, level: int, hidden_MD: Tensor, vector_nD: Tensor, path_ML: Tensor, request_M: Tensor, real_M: Tensor, legal: Legality | None
     ) -> Tensor:
-        """Of one level's tokens: (M,)."""
-        if level == 0:
-            first_M, count_M = torch.zeros_like(request_M), torch.full_like(request_M, self.tree.nodes(0))
-        else:
-            first_M, count_M = self.tree.children_of(level - 1, path_ML[:, level - 1])
+        """Of the tokens of a later level: (M,)."""
+        first_M, count_M = self.tree.children_of(level - 1, path_ML[:, level - 1])
         state_P, child_P = spread(first_M, torch.where(real_M, count_M, 0))
         keep_P = None if legal is None else legal.keep(level, request_M[state_P], child_P)
         if keep_P is not None:
             state_P, child_P = state_P[keep_P], child_P[keep_P]
         row_P = self.head.rows(self.tree, level, child_P)
-        same = level == 0  # every state scores the same nodes
-        logit_P = (hidden_MD @ vector_nD.T)[state_P, row_P] if same else (hidden_MD[state_P] * vector_nD[row_P]).sum(-1)
+        logit_P = (hidden_MD[state_P] * vector_nD[row_P]).sum(-1)
         mine_P = child_P == path_ML[state_P, level]
         if int(mine_P.sum()) != int(real_M.sum()):
             found_M = torch.zeros_like(real_M).index_put((state_P[mine_P],), real_M.new_ones(1))
-            raise GenerationError(
-                f"candidate of request {int(request_M[(real_M & ~found_M).nonzero()[0]])} is not legal at level {level + 1}: "
-                "its item is not in the request's pool"
-            )
+            _refuse((real_M & ~found_M).view(int(request_M[-1]) + 1, -1), level)
         total_M = ragged_logsumexp(logit_P, state_P, len(hidden_MD))
         state_H = state_P[mine_P]
         return hidden_MD.new_zeros(len(hidden_MD)).index_put((state_H,), logit_P[mine_P] - total_M[state_H])
@@ -170,6 +177,14 @@ class Policy(nn.Module):
     @torch.no_grad()
     def start(self, batch: Batch, rows: Rows) -> Decoding:
         """Encode requests (one query a segment) and run their prompt: `hidden_BKD` (K = 1) predicts the first code."""
+        return self._started(batch, rows)
+
+    @torch.no_grad()
+    def advance(self, decoding: Decoding, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
+        """Feed the chosen node of `level` to each beam; beams continue `origin_BK` of the step before (None: in the same order)."""
+        self._advance(decoding, level, node_BK, origin_BK)
+
+    def _started(self, batch: Batch, rows: Rows) -> Decoding:
         item_UD = self.items(batch.items, rows["item"])
         memory = self._memory(batch, rows, item_UD)
         state_BD = self._state(batch, memory)
@@ -177,9 +192,7 @@ class Policy(nn.Module):
         vectors = self.head.vectors(self.tree, item_UD)
         return Decoding(memory, state_BD, states, vectors, hidden_BD[:, None], self.item_query(hidden_BD), item_UD)
 
-    @torch.no_grad()
-    def advance(self, decoding: Decoding, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
-        """Feed the chosen node of `level` to each beam; beams continue `origin_BK` of the step before (None at the first)."""
+    def _advance(self, decoding: Decoding, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
         x_BKD = self._token(level, self.tree.code(level)[node_BK]) + decoding.state_BD[:, None]
         decoding.hidden_BKD = self.decoder.advance(x_BKD, decoding.states, decoding.memory, origin_BK)
 
@@ -228,6 +241,15 @@ class Policy(nn.Module):
         last_Q = batch.history_offset[_segments(batch)] + batch.visible_Q - 1
         time_N = torch.cat([batch.time_N, batch.time_Q[:1]])
         return torch.where(batch.visible_Q > 0, time_N[last_Q.clamp(0, len(time_N) - 1)], batch.time_Q)
+
+
+def _refuse(illegal_BG: Tensor, level: int) -> None:
+    """Raise GenerationError where a candidate is not legal at its level."""
+    if bool(illegal_BG.any()):
+        raise GenerationError(
+            f"candidate of request {int(illegal_BG.any(1).nonzero()[0])} is not legal at level {level + 1}: its item is not in the "
+            "request's pool"
+        )
 
 
 def _segments(batch: Batch) -> Tensor:
