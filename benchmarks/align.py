@@ -40,7 +40,7 @@ PARTS = ("data", "sparse", "forward", "backward", "optimizer")
 SYNCHRONOUS, AHEAD = "waits for the one before", "one off"
 Lines = list[dict[str, Any]]
 
-SHORT = ("train.eval_requests=20", "rank.eval_requests=50", "rank.eval_items=2000", "rank.baselines=[]",
+SHORT = ("train.eval_requests=20", "align.eval_requests=20", "rank.eval_requests=50", "rank.eval_items=2000", "rank.baselines=[]",
          "align.threads_per_process=1", "align.eval_every_steps=1000", "align.save_every_steps=1000")  # fmt: skip
 QUICK = ("data.mall.size=tiny", "model=tiny", "sid.iterations=5", "train.max_steps=2", "train.targets_per_step=200", "rank.max_steps=2",
          "rank.items_per_step=500", "align.steps=6", "align.requests_per_step=16", "align.pieces=2", "align.group=8",

@@ -23,7 +23,7 @@ class Judge:
     def __init__(self, config: Config, settings: AlignConfig) -> None:
         run = Run(config.run_dir)
         inputs = Inputs.load(run)
-        self.requests = Requests(inputs, config.model, settings)
+        self.requests = Requests(inputs, config, settings)
         self.service = RewardService(config, run, inputs)
         index = inputs.catalog.index
         ranked = index.ranked_items(inputs.prepared.train_counts_I())

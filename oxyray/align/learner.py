@@ -55,7 +55,7 @@ class Learner:
         self.config, self.settings, self.rank, self.world = config, settings, rank, world
         run = Run(config.run_dir)
         self.inputs = Inputs.load(run)
-        self.requests = Requests(self.inputs, config.model, settings)
+        self.requests = Requests(self.inputs, config, settings)
         model = replace(config.model, dropout=0.0)  # a dropped activation would tear trainer and rollout apart
         start, tables = read_model(run.need("pretrain", "model", stage="pretrain"), self.inputs)
         policy = self.inputs.policy(model)
@@ -79,7 +79,7 @@ class Learner:
         self._published = {s.table: PublishedShard(folder, s.table, rank, s.first, *s.weight.shape) for s in shards}
         self._touched: dict[str, list[Array]] | None = None  # ids; None: all, as nothing was published yet
         self._supervised = self._stream()
-        self._validation = Validation(config, self.inputs, rank, world)
+        self._validation = Validation(config, self.inputs, rank, world, settings.eval_requests)
         self._twin: Policy | None = None
 
     @property

@@ -1,8 +1,8 @@
 """What is asked in each step of the loop: the same for everybody who asks, so that no batch has to travel.
 
-A step's requests are drawn from the training split and cut into pieces; a piece is what one rollout worker generates for at a time and what
-a learner takes as one micro-batch. A set share of the requests is synthetic (paper 4.4): a logged profile and history, but candidates and
-labels from the models alone, so the item that was really taken teaches nothing there.
+A step's requests are drawn from the training split, or from what pre-training held back of it, and cut into pieces; a piece is what one
+rollout worker generates for at a time and what a learner takes as one micro-batch. A set share of the requests is synthetic (paper 4.4): a
+logged profile and history, but candidates and labels from the models alone, so the item that was really taken teaches nothing there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from oxyray.config import AlignConfig, ModelConfig
+from oxyray.config import AlignConfig, Config
 from oxyray.data.batch import Batch
 from oxyray.data.stream import SegmentStream
 from oxyray.model.inputs import Inputs
@@ -21,15 +21,17 @@ Tensor = torch.Tensor
 
 
 class Requests:
-    def __init__(self, inputs: Inputs, model: ModelConfig, align: AlignConfig) -> None:
+    def __init__(self, inputs: Inputs, config: Config, align: AlignConfig) -> None:
         self.pieces, self.seed, self.share = align.pieces, align.seed, align.synthetic_share
         self._stream = SegmentStream(
             inputs.prepared,
-            inputs.collator(model),
-            history=model.history,
+            inputs.collator(config.model),
+            history=config.model.history,
             targets_per_step=align.requests_per_step,
             seed=align.seed,
             one_query=True,
+            held_back=config.train.hold_back,
+            which="held_back",
         )
         self._next, self._given = -1, list[Batch]()
         self._batches: Iterator[list[Batch]] = iter(())

@@ -68,7 +68,7 @@ class Rollout:
         self.settings = settings
         self.inputs = Inputs.load(Run(config.run_dir))
         self.policy = self.inputs.policy(replace(config.model, dropout=0.0)).eval()
-        self.requests = Requests(self.inputs, config.model, settings)
+        self.requests = Requests(self.inputs, config, settings)
         self.pools = Pools(self.inputs, self.policy.tree)
         folder = Run(config.run_dir).path("pretrain", "model")
         self._reference = read_model(folder, self.inputs) if settings.objective.kl else None

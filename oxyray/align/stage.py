@@ -115,7 +115,8 @@ def _identity(config: Config, run: Run) -> dict[str, Any]:
         "reward": to_dict(config.reward),
         "start": {name: value for name, value in start.items() if name not in ("catalogue", "data")},
         "ranker": ranker,
-        "validation": {"generate": to_dict(config.generate), "requests": config.train.eval_requests},
+        "generate": to_dict(config.generate),
+        "held_back": config.train.hold_back,
         "catalogue": inputs.catalog.version,
         "data": inputs.prepared.meta.fingerprint,
     }

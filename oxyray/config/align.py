@@ -64,6 +64,7 @@ class AlignConfig:
     gpu: auto uses GPUs where there are any
     shared_memory: folder in memory through which tables are handed over on a node
     eval_every_steps: steps between two validations
+    eval_requests: validation requests at most
     save_every_steps: steps between two checkpoints
     max_restarts: deaths of a rollout worker or judge that a run survives, and of learners
     timeout_s: longest wait for any answer of another process, in seconds
@@ -88,6 +89,7 @@ class AlignConfig:
     gpu: Literal["auto", "never"] = "auto"
     shared_memory: str = "/dev/shm"
     eval_every_steps: int = 20
+    eval_requests: int = 2000
     save_every_steps: int = 20
     max_restarts: int = 4
     timeout_s: float = 300.0
@@ -103,7 +105,7 @@ class AlignConfig:
         need(self.pieces % self.learners == 0, ".pieces", f"must be a multiple of the learners ({self.learners}), got {self.pieces}")
         need(self.temperature > 0, ".temperature", f"must be positive, got {self.temperature}")
         need(0 <= self.synthetic_share <= 1, ".synthetic_share", f"is a share in [0, 1], got {self.synthetic_share}")
-        for name in ("supervised_rate", "staleness", "max_restarts"):
+        for name in ("supervised_rate", "staleness", "max_restarts", "eval_requests"):
             need(getattr(self, name) >= 0, f".{name}", f"must be 0 or more, got {getattr(self, name)}")
         threads = self.threads_per_process
         need(threads is None or threads > 0, ".threads_per_process", f"must be positive or null, got {threads}")

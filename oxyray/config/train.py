@@ -104,16 +104,19 @@ class TrainConfig(CourseConfig):
 
     targets_per_step: training targets in one optimizer step, over all workers and micro-batches
     action_weights: weight of a target by its action
+    hold_back: newest share of the training events that is left to alignment, which then asks for these alone; 0: both learn from all
     overfit_batches: train on the first this many steps' batches again and again, to see whether the model can learn; 0: off
     """
 
     targets_per_step: int = 3500
     action_weights: dict[str, float] = field(default_factory=lambda: {"click": 1.0, "cart": 2.0, "purchase": 4.0})
+    hold_back: float = 0.0
     overfit_batches: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         need(self.targets_per_step > 0, ".targets_per_step", f"must be positive, got {self.targets_per_step}")
+        need(0 <= self.hold_back < 1, ".hold_back", f"is a share in [0, 1), got {self.hold_back}")
         need(self.overfit_batches >= 0, ".overfit_batches", f"must be 0 or more, got {self.overfit_batches}")
         for action in (*ACTIONS, *self.action_weights):
             need(action in ACTIONS, f".action_weights.{action}", f"no such action; known are {', '.join(ACTIONS)}")

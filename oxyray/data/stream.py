@@ -9,16 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 
 from oxyray.data.batch import Batch, ItemBlock, Tensor, offsets
+from oxyray.data.held_back import HeldBack
+from oxyray.data.order import TRAIN
 from oxyray.data.prepared import Prepared
-from oxyray.data.requests import Segments, Timeline, timeline, training_segments
+from oxyray.data.requests import Segments, Timeline, request_segments, timeline, training_segments
 from oxyray.errors import DataError
 
 Array = np.ndarray
+
+_HELD = 3  # a split of its own for training events that are held back
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ class Collator:
 
 
 class SegmentStream:
-    """Steps of about `targets_per_step` queries each. `position` is the next step to be taken."""
+    """Steps of about `targets_per_step` queries each. `position` is the next step to be taken. Of the training events, targets are all, the
+    earlier ones, or those that are `held_back` (a share, see `HeldBack`; one query a segment)."""
 
     def __init__(
         self,
@@ -102,8 +108,11 @@ class SegmentStream:
         seed: int,
         one_query: bool = False,
         overfit_steps: int = 0,
+        held_back: float = 0.0,
+        which: Literal["all", "earlier", "held_back"] = "all",
     ) -> None:
         self.prepared, self.collate, self.seed = prepared, collate, seed
+        self._held_back, self._which = HeldBack(prepared, held_back), which if held_back else "all"
         self.history, self.targets_per_step, self.one_query, self.overfit_steps = history, targets_per_step, one_query, overfit_steps
         self.position = {"epoch": 0, "step": 0}
         self._cached: tuple[int, Timeline, Segments] | None = None
@@ -178,9 +187,21 @@ class SegmentStream:
 
     def _part(self, part: int) -> tuple[Timeline, Segments]:
         if self._cached is None or self._cached[0] != part:
-            time = timeline(self.prepared.events(part), splits=(0,))
-            self._cached = (part, time, training_segments(time, self.history, self.one_query))
+            self._cached = (part, *self._segments(self.prepared.events(part)))
         return self._cached[1], self._cached[2]
+
+    def _segments(self, events: dict[str, Array]) -> tuple[Timeline, Segments]:
+        """Targets are all training events, those before the ones that are held back, or the latter alone; these see all that was before
+        them."""
+        if self._which != "all":
+            held_N = self._held_back.among(events)
+            split_N = np.where(held_N, _HELD, events["split"])
+            events = events | {"split": split_N}
+        if self._which != "held_back":
+            time = timeline(events, splits=(TRAIN,))
+            return time, training_segments(time, self.history, self.one_query)
+        time = timeline(events, splits=(TRAIN, _HELD))
+        return time, request_segments(time, np.flatnonzero(time.split_E == _HELD), self.history)
 
     def _part_steps(self, part: int) -> int:
         return self._steps_of(self._part(part)[1])

@@ -60,10 +60,12 @@ class PolicyTask:
             seed=settings.seed,
             one_query=not model.causal_encoder,
             overfit_steps=settings.overfit_batches,
+            held_back=settings.hold_back,
+            which="earlier",
         )
 
     def validation(self, rank: int, world: int) -> Validation:
-        return Validation(self.config, self.inputs, rank, world)
+        return Validation(self.config, self.inputs, rank, world, self.settings.eval_requests)
 
     def count(self, batch: Batch) -> int:
         return int((batch.weight_Q > 0).sum())

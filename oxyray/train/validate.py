@@ -37,11 +37,12 @@ class _Piece:
 
 
 class Validation:
-    """Ready to be measured again and again. `requests` is the size of the sample over all ranks; with 0 there is nothing to measure."""
+    """Ready to be measured again and again, on at most `limit` requests. `requests` is the size of the sample over all ranks; with 0 there
+    is nothing to measure."""
 
-    def __init__(self, config: Config, inputs: Inputs, rank: int, world: int) -> None:
+    def __init__(self, config: Config, inputs: Inputs, rank: int, world: int, limit: int) -> None:
         self.config, self.inputs = config, inputs
-        pieces = _pieces(config, inputs)
+        pieces = _pieces(config, inputs, limit)
         self.requests = sum(len(piece.target_R) for piece in pieces)
         mine: list[_Piece | None] = list(pieces[rank::world])
         self._pieces = mine + [None] * (-(-len(pieces) // world) - len(mine))
@@ -89,11 +90,11 @@ class Validation:
         return self._generator
 
 
-def _pieces(config: Config, inputs: Inputs) -> list[_Piece]:
+def _pieces(config: Config, inputs: Inputs, limit: int) -> list[_Piece]:
     """The sample, in batches of one scenario each."""
     prepared, collate = inputs.prepared, inputs.collator(config.model, config.train.action_weights)
     pieces = []
-    for time, rows in _sample(inputs, config.train.eval_requests, config.train.seed):
+    for time, rows in _sample(inputs, limit, config.train.seed):
         for scenario in np.unique(time.scenario_E[rows]):
             of_scenario = rows[time.scenario_E[rows] == scenario]
             for first in range(0, len(of_scenario), config.generate.requests_per_batch):

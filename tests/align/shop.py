@@ -30,7 +30,7 @@ def ready_run(base: Path, **align: Any) -> Config:
     PlainTables.fresh(ranker_tables(RANKER, inputs), 1).save(run.path("rank", "model", "tables.safetensors"))
     settings: dict[str, Any] = {
         "steps": 6, "requests_per_step": 24, "pieces": 2, "group": 4, "supervised_targets": 30, "synthetic_share": 0.3, "staleness": 0,
-        "eval_every_steps": 3, "save_every_steps": 2, "timeout_s": 120.0,
+        "eval_every_steps": 3, "eval_requests": 40, "save_every_steps": 2, "timeout_s": 120.0,
         "optim": OptimConfig(lr=0.03, table_lr=0.02, warmup_share=0.0, schedule="constant"),
     }  # fmt: skip
     return dataclasses.replace(
@@ -38,7 +38,6 @@ def ready_run(base: Path, **align: Any) -> Config:
         rank=RankConfig(model=RANKER),
         reward=RewardConfig(weights={"default": REWARDS}),
         align=AlignConfig(**(settings | align)),
-        train=dataclasses.replace(made.train, eval_requests=40),
         cluster=ClusterConfig(object_store_gb=0.1, start_timeout_s=300),
     )
 
