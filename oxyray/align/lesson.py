@@ -110,10 +110,12 @@ class AlignedPolicy(nn.Module):
             reference_BGL=None if lesson.reference_BJL is None else lesson.reference_BJL[:, :-1],
         )
         generated_B = (lesson.path_BGL == lesson.target_path_BL[:, None]).all(-1).any(1)
+        known_B = live_B & ~lesson.target_reward_B.isnan()
         target = Target(
             logprob_BL=logprob_BJL[:, -1],
             behaviour_BL=lesson.target_behaviour_BL,
-            joins_B=live_B & ~lesson.target_reward_B.isnan() & ~generated_B,
+            joins_B=known_B & ~generated_B,
+            known_B=known_B,
             reference_BL=None if lesson.reference_BJL is None else lesson.reference_BJL[:, -1],
         )
         return policy_loss(group, self.objective, target)

@@ -31,12 +31,25 @@ _MOST_LOG_RATIO = 20.0  # e^20 is beyond any trust region; its exponential would
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The items that the users really took, as candidates. `joins_B` is False where there is none, or where it was generated anyway."""
+    """The items that the users really took, as candidates; `known_B` is False where there is none. `joins_B` is False where it was
+    generated anyway, too."""
 
     logprob_BL: Tensor
     behaviour_BL: Tensor
     joins_B: Tensor
+    known_B: Tensor
     reference_BL: Tensor | None = None
+
+    def alone(self, reward_B: Tensor) -> Group:
+        """A group of this candidate only."""
+        return Group(
+            logprob_BGL=self.logprob_BL[:, None],
+            behaviour_BGL=self.behaviour_BL[:, None],
+            reward_BG=torch.where(self.known_B, reward_B, 0)[:, None],
+            real_BG=self.known_B[:, None],
+            target_reward_B=reward_B,
+            reference_BGL=None if self.reference_BL is None else self.reference_BL[:, None],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +123,10 @@ def policy_loss(group: Group, config: ObjectiveConfig, target: Target | None = N
     """The loss of `config.name`. `target` joins where the setting says so. Raises ConfigError when the settings ask for a divergence from a
     reference, or for targets, and there are none."""
     objective = OBJECTIVES[config.name]
-    if config.target_joins:
+    if config.target_joins or objective.target_only:
         if target is None:
             raise ConfigError("align.objective.target_joins needs the target items' log-probabilities; set it to false to go without")
-        group = group.joined(target)
+        group = target.alone(group.target_reward_B) if objective.target_only else group.joined(target)
     real_BG1 = group.real_BG[..., None]
     # Padding may hold -inf: it must meet no arithmetic, since 0 · inf is NaN in the gradient too.
     logprob_BGL = torch.where(real_BG1, group.logprob_BGL, 0)
@@ -198,11 +211,19 @@ def dapo(terms: Terms, config: ObjectiveConfig) -> Surrogate:
     return _clipped(_ratio(terms.log_ratio_BGL), terms.advantage_BG1, config.clip, config.clip_high)
 
 
+def supervised(terms: Terms, config: ObjectiveConfig) -> Surrogate:
+    """log π_θ: no reward counts. The control of an experiment: what the same requests teach without candidates."""
+    del config
+    return Surrogate(terms.logprob_BGL, torch.ones_like(terms.logprob_BGL))
+
+
 class Objective(NamedTuple):
-    """`token_mean`: average over the tokens of all groups that vary, instead of over tokens, then candidates, then requests."""
+    """`token_mean`: average over the tokens of all groups that vary, instead of over tokens, then candidates, then requests.
+    `target_only`: the item really taken is the only candidate."""
 
     surrogate: Callable[[Terms, ObjectiveConfig], Surrogate]
     token_mean: bool = False
+    target_only: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -212,6 +233,7 @@ OBJECTIVES: dict[str, Objective] = {
     "ecpo": Objective(ecpo),
     "gbpo": Objective(gbpo),
     "dapo": Objective(dapo, token_mean=True),
+    "supervised": Objective(supervised, target_only=True),
 }
 
 

@@ -13,7 +13,7 @@ from oxyray.config.train import OptimConfig
 class ObjectiveConfig:
     """How the policy learns from rewards.
 
-    name: sa_gcpo, grpo, gspo, ecpo, gbpo or dapo
+    name: sa_gcpo, grpo, gspo, ecpo, gbpo or dapo; supervised learns the items really taken alone, as an experiment's control
     tau_positive: SA-GCPO's temperature of candidates at least as good as the user's real choice
     tau_negative: its temperature of the others; higher lets their gradients fade sooner
     clip: how far a ratio may leave 1 (grpo, gspo, ecpo, dapo)
@@ -24,7 +24,7 @@ class ObjectiveConfig:
     target_joins: the user's real choice is one more candidate of its group
     """
 
-    name: Literal["sa_gcpo", "grpo", "gspo", "ecpo", "gbpo", "dapo"] = "sa_gcpo"
+    name: Literal["sa_gcpo", "grpo", "gspo", "ecpo", "gbpo", "dapo", "supervised"] = "sa_gcpo"
     tau_positive: float = 1.0
     tau_negative: float = 1.0
     clip: float = 0.2

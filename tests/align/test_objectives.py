@@ -13,7 +13,7 @@ from oxyray.config import ObjectiveConfig
 from oxyray.errors import ConfigError
 
 Tensor = torch.Tensor
-NAMES = sorted(OBJECTIVES)
+NAMES = sorted(name for name, objective in OBJECTIVES.items() if not objective.target_only)
 
 
 def settings(name: str = "sa_gcpo", **more: object) -> ObjectiveConfig:
@@ -203,6 +203,7 @@ def test_the_target_joins_as_one_more_candidate(name: str):
         logprob_BL=(random_group(B=3, G=1, seed=1).logprob_BGL[:, 0]).detach().requires_grad_(),
         behaviour_BL=random_group(B=3, G=1, seed=1).behaviour_BGL[:, 0],
         joins_B=torch.tensor([True, False, True]),
+        known_B=torch.tensor([True, True, True]),
     )
     by_hand = replaced(
         group,
@@ -218,6 +219,20 @@ def test_the_target_joins_as_one_more_candidate(name: str):
     assert policy_loss(group, settings(name), last).loss.item() == pytest.approx(policy_loss(group, settings(name)).loss.item(), rel=1e-12)
     with pytest.raises(ConfigError, match="target_joins"):
         policy_loss(group, settings(name, target_joins=True))
+
+
+def test_the_control_learns_the_items_really_taken_and_nothing_else():
+    group, mine = random_group(B=3, G=4), random_group(B=3, G=1, seed=1)
+    logprob_BL = mine.logprob_BGL[:, 0].detach().requires_grad_()
+    known_B = torch.tensor([True, False, True])
+    target = Target(logprob_BL=logprob_BL, behaviour_BL=mine.behaviour_BGL[:, 0], joins_B=torch.zeros(3, dtype=torch.bool), known_B=known_B)
+    group = replaced(group, target_reward_B=torch.where(known_B, group.target_reward_B, torch.nan))
+    found = policy_loss(group, settings("supervised"), target)
+    assert found.loss.item() == pytest.approx(-logprob_BL[known_B].mean().item(), rel=1e-12)
+    worth = policy_loss(replaced(group, reward_BG=group.reward_BG * 100), settings("supervised"), target)
+    assert worth.loss.item() == found.loss.item()
+    with pytest.raises(ConfigError, match="target"):
+        policy_loss(group, settings("supervised"))
 
 
 def test_without_real_feedback_the_mean_of_the_group_is_the_threshold():

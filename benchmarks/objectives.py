@@ -1,0 +1,132 @@
+"""What alignment is worth, by objective (paper, Table 10), by SA-GCPO's temperatures (Table 11) and by the share of synthetic requests
+(Figure 7): `python -m benchmarks.objectives methods|tau|synthetic data=mall [overrides] [--seeds 1 2 3]`.
+
+One supervised policy, which has held the newest training events back, is aligned again and again, from the same start, on the same budget;
+a seed draws requests and candidates. What is told is the test split's, of the weights that validation chose (`align` keeps the start where
+nothing was better). Beside the objectives stands the same loop on the same requests in which nothing but the item really taken is
+learned, without candidates: `supervised`. Finished runs are kept in `runs/`, so a stopped benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Cell, Report, arguments
+from oxyray.cli.compose import check, compose_config
+from oxyray.cluster.start import one_ray
+from oxyray.config import Config, to_dict
+from oxyray.evaluate.table import entry
+from oxyray.files import read_json
+from oxyray.pipeline import STAGES, borrow, run_all, run_one
+from oxyray.run import Run
+
+OTHERS = ("supervised", "grpo", "gspo", "ecpo", "gbpo", "dapo")
+TAUS = ((1.0, 1.05), (1.0, 1.0), (1.0, 0.95), (1.0, 2.0), (1.0, 0.5))  # the paper's three, and two that can be told apart
+SHARES = (0.0, 0.17, 0.33, 0.5)
+METRICS = ("HR@1", "HR@10", "NDCG@10")
+START = "before alignment"
+Figures = dict[str, float]
+
+
+def ways(part: str) -> dict[str, list[str]]:
+    """Title of each way to align, and its overrides."""
+    if part == "methods":
+        return {"sa_gcpo": []} | {name: [f"align.objective.name={name}"] for name in OTHERS}
+    if part == "tau":
+        return {f"τ+ {a:g}, τ- {b:g}": [f"align.objective.tau_positive={a}", f"align.objective.tau_negative={b}"] for a, b in TAUS}
+    return {
+        f"{name}, {share:.0%} synthetic": [f"align.objective.name={name}", f"align.synthetic_share={share}"]
+        for name in ("sa_gcpo", "grpo")
+        for share in SHARES
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("part", choices=("methods", "tau", "synthetic"))
+    parser.add_argument("words", nargs="*", help="overrides, as of `oxyray run`")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    options = parser.parse_args()
+    seeds = options.seeds[:1] if options.quick else options.seeds
+    words = ["evaluate.baselines=[]", *(["debug=fast"] if options.quick else []), *options.words]
+    start = compose_config(check([*words, "run_dir=runs/objectives"]))
+    base = Path(f"runs/objectives-{start.data.name}{'-quick' if options.quick else ''}")
+    words.append(f"run_dir={base}")
+    config = compose_config(check(words))
+    report = Report(f"objectives_{options.part}_{config.data.name}", to_dict(config), seeds)
+    found: dict[str, list[Figures]] = {}
+    with one_ray(config.processes):
+        run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "sid", "pretrain", "rank")])
+        for seed in seeds:
+            for title, overrides in ways(options.part).items():
+                aligned, begun = once([*words, *overrides, f"align.seed={seed}"], Run(config.run_dir), base / f"{slug(title)}-{seed}")
+                found.setdefault(START, []).append(begun)
+                found.setdefault(title, []).append(aligned)
+                print(f"seed {seed}, {title}: {aligned}", flush=True)
+    show(report, found, options.part)
+    report.finish(options.quick)
+
+
+def once(words: list[str], base: Run, folder: Path) -> tuple[Figures, Figures]:
+    """Align and measure in a folder of its own: figures after, and before."""
+    config: Config = compose_config(check([*words[:-1], words[-1], f"run_dir={folder}"]))
+    run = Run(config.run_dir)
+    borrow(base, run, config, "align")
+    run_one("align", config)
+    run_one("evaluate", config)
+    results = read_json(run.path("evaluate", "metrics.json"))
+    outcome = read_json(run.path("align", "outcome.json"))
+    told = {"minutes": outcome["minutes"], "best step": outcome["best_step"], "validation": outcome["best"]}
+    return figures(results, results["models"][0]) | told, figures(results, results["models"][-1])
+
+
+def figures(results: dict[str, Any], model: str) -> Figures:
+    """Test metrics of one model, and what its slates are worth where that can be known."""
+    found = entry(results, model, "all")
+    assert found is not None
+    told: Figures = {name: found["metrics"][name] for name in METRICS}
+    for row in (results.get("value") or {"table": []})["table"]:
+        if row["model"] == model and row["scenario"] is None:
+            told |= {"clicks": row["metrics"]["clicks"], "purchases": row["metrics"]["purchases"]}
+    return told
+
+
+def show(report: Report, found: dict[str, list[Figures]], part: str) -> None:
+    names = list(dict.fromkeys(name for each in found.values() for figure in each for name in figure))
+    rows: list[list[Cell]] = [
+        [title, *(spread([figure[name] for figure in each if name in figure]) for name in names)] for title, each in found.items()
+    ]
+    requests = f"mean over {len(report.seeds)} seeds ± their standard deviation; test split, as specified"
+    report.table(f"{part}: {requests}", ["", *names], rows)
+
+    def mean(title: str, name: str) -> float:
+        return statistics.fmean(figure[name] for figure in found[title])
+
+    ours = "sa_gcpo" if part == "methods" else next(title for title in found if title != START)
+    for name in METRICS[:2]:
+        report.claim(f"{name} of {ours} beside its start", mean(ours, name) / mean(START, name), 1.0, "ratio")
+    if "clicks" in names:
+        report.claim(
+            f"clicks of a slate by the true utility, {ours} beside its start", mean(ours, "clicks") / mean(START, "clicks"), 1.0, "ratio"
+        )
+    for other in found if part == "methods" else ():
+        if other not in (START, ours):
+            report.claim(f"HR@10 of {ours} beside {other}", mean(ours, "HR@10") / mean(other, "HR@10"), 1.0, "ratio")
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    wide = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean:.4f} ± {wide:.4f}" if wide else f"{mean:.4g}"
+
+
+def slug(title: str) -> str:
+    return "".join(c if c.isalnum() or c == "." else "_" for c in title)
+
+
+if __name__ == "__main__":
+    main()
