@@ -22,7 +22,7 @@ from oxyray.files import read_json
 from oxyray.pipeline import STAGES, borrow, run_all, run_one
 from oxyray.run import Run
 
-OTHERS = ("supervised", "grpo", "gspo", "ecpo", "gbpo", "dapo")
+OTHERS = ("supervised", "grpo", "gspo", "ecpo", "gbpo")
 TAUS = ((1.0, 1.05), (1.0, 1.0), (1.0, 0.95), (1.0, 2.0), (1.0, 0.5))  # the paper's three, and two that can be told apart
 SHARES = (0.0, 0.17, 0.33, 0.5)
 METRICS = ("HR@1", "HR@10", "NDCG@10")
