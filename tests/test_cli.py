@@ -11,7 +11,7 @@ import yaml
 
 import oxyray.cli.command
 from oxyray.cli.command import main
-from oxyray.errors import DataError
+from oxyray.errors import DataError, Stopped
 from oxyray.pipeline import STAGES
 
 
@@ -159,6 +159,14 @@ def test_an_error_behind_other_errors_is_found(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(oxyray.cli.command, "perform", fail)
     code, _, err = said(capsys, "run")
     assert (code, err) == (1, "error: events.parquet, row 3: no such item\n")
+
+
+def test_a_stage_that_was_asked_to_stop_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(command: object) -> int:
+        raise Stopped("pretrain: stopped on request after step 7")
+
+    monkeypatch.setattr(oxyray.cli.command, "_carry_out", stopped)
+    assert said(capsys, "pretrain") == (0, "pretrain: stopped on request after step 7\n", "")
 
 
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,6 @@ import dataclasses
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +18,8 @@ from safetensors.torch import load_file
 
 from oxyray.cluster.start import one_ray
 from oxyray.config import ClusterConfig, Config, OptimConfig, TrainConfig, to_dict
-from oxyray.errors import RunError, TrainingError
-from oxyray.files import read_json, write_json
+from oxyray.errors import RunError, Stopped, TrainingError
+from oxyray.files import read_json
 from oxyray.run import Run
 from oxyray.train import checkpoint
 from oxyray.train.pretrain import pretrain
@@ -107,37 +105,13 @@ def test_a_killed_worker_repeats_no_batch_and_loses_none(config: Config, tmp_pat
     assert all(torch.equal(a[name], b) for name, b in weights(tmp_path / "hit").items())  # the earlier model stands
 
 
-SCRIPT = """
-import sys
-from oxyray.config import Config, from_dict
-from oxyray.errors import OxyrayError
-from oxyray.files import read_json
-from oxyray.run import Run
-from oxyray.train.pretrain import pretrain
-config = from_dict(Config, read_json(sys.argv[1]))
-try:
-    pretrain(config, Run(config.run_dir))
-except OxyrayError as error:
-    sys.exit(f"error: {error}")
-"""
-
-
 def test_sigterm_leaves_a_checkpoint(config: Config, tmp_path: Path) -> None:
     long = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=3000, workers=1, save_every_minutes=60))
     made = copy(long, tmp_path / "run")
-    write_json(tmp_path / "config.json", to_dict(made))
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "config.json")], env=environment, stderr=subprocess.PIPE, text=True, cwd=root
-    )
-    when_at(tmp_path / "run", 5, lambda progress: process.send_signal(signal.SIGTERM))
-    try:
-        said = process.communicate(timeout=500)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 1
-    assert "error: pretrain: stopped on request" in said
+    asked = when_at(tmp_path / "run", 5, lambda progress: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="pretrain: stopped on request"):
+        pretrain(made, Run(made.run_dir))
+    asked.join(timeout=10)
     found = checkpoint.latest(tmp_path / "run" / "pretrain" / "checkpoints")
     assert found is not None
     assert found.step >= 5
