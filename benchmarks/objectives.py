@@ -98,8 +98,9 @@ def show(report: Report, found: dict[str, list[Figures]], part: str) -> None:
     rows: list[list[Cell]] = [
         [title, *(spread([figure[name] for figure in each if name in figure]) for name in names)] for title, each in found.items()
     ]
-    requests = f"mean over {len(report.seeds)} seeds ± their standard deviation; test split, as specified"
-    report.table(f"{part}: {requests}", ["", *names], rows)
+    seeds = len(report.seeds)
+    about = f"mean over {seeds} seeds ± their standard deviation" if seeds > 1 else "one seed"
+    report.table(f"{part}: {about}; test split, as specified", ["", *names], rows)
 
     def mean(title: str, name: str) -> float:
         return statistics.fmean(figure[name] for figure in found[title])
