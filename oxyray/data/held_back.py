@@ -8,6 +8,7 @@ where times of users cannot be compared, it is each user's own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -39,14 +40,12 @@ class HeldBack:
         return train_N & (nth_N > (count_U - held_U)[owner_N])
 
     def _moment(self) -> int:
-        """The time of the first event that is held back. Reads every part's times a few times; holds none of them."""
+        """The time of the first event that is held back. Reads every part's times a few times; holds one part's."""
 
-        def times() -> list[Array]:
-            found = []
+        def times() -> Iterator[Array]:
             for part in range(self.prepared.parts):
                 events = self.prepared.events(part, ["time", "split"])
-                found.append(events["time"][events["split"] == order.TRAIN])
-            return found
+                yield events["time"][events["split"] == order.TRAIN]
 
         meta = self.prepared.meta
         rank = min(math.floor(meta.splits["train"] * (1 - self.share)), meta.splits["train"] - 1)
