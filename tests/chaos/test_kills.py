@@ -19,7 +19,7 @@ from oxyray.files import read_json, write_json
 from oxyray.run import Run
 from oxyray.train import checkpoint
 from tests.align.shop import copied, losses, ready_run
-from tests.chaos.victims import kill, processes, when_at
+from tests.chaos.victims import ROLES, gone, kill, when_at
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 12
@@ -76,7 +76,7 @@ def test_learners_that_die_too_often_end_the_run_with_a_reason(config: Config, t
     with pytest.raises(TrainingError, match=r"learners: .* lost .* 0 restarts of the learners"):
         align(made, run)
     killer.join(timeout=10)
-    assert not processes("rollout"), "nobody is left behind"
+    assert all(gone(role) for role in ROLES), "nobody is left behind"
 
 
 SCRIPT = """

@@ -34,6 +34,14 @@ def kill(role: str) -> None:
     os.kill(processes(role)[-1], signal.SIGKILL)
 
 
+def gone(role: str, limit_s: float = 60) -> bool:
+    """Whether the role's processes end within the limit: Ray ends an actor some time after it was told to."""
+    end = time.monotonic() + limit_s
+    while processes(role) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not processes(role)
+
+
 def when_at(run: Run, step: int, act: Callable[[], None], limit_s: float = 240) -> threading.Thread:
     """Call `act` once the alignment has passed `step`."""
 
