@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from oxyray.cluster.wait import GroupLost, ProcessLost, answers
+from oxyray.cluster.wait import GroupLost, ProcessLost, answers, lost_among
+from oxyray.errors import OxyrayError
+
+_GRACE_S = 30.0  # Ray takes that long to believe that a node is gone
 
 
 class Rank:
@@ -63,6 +66,13 @@ class Group:
                 return answers(refs, self.seconds, f"{self.name}s: {method}")
             except ProcessLost as error:
                 raise GroupLost(str(error)) from error
+            except OxyrayError:
+                raise
+            except Exception as error:  # a rank whose neighbour died may tell of its broken connection before Ray tells of the death
+                lost = lost_among(refs, _GRACE_S, f"{self.name}s: {method}")
+                if lost is not None:
+                    raise GroupLost(str(lost)) from error
+                raise
 
         return wait
 

@@ -38,6 +38,23 @@ def answers(refs: Sequence[Any], seconds: float, what: str) -> list[Any]:
     return [found[ref] for ref in refs]
 
 
+def lost_among(refs: Sequence[Any], seconds: float, what: str) -> ProcessLost | None:
+    """That one of the processes behind `refs` died, if it comes out within `seconds`; their errors are passed over."""
+    import ray
+
+    waiting, ends = list(refs), time.monotonic() + seconds
+    while waiting and time.monotonic() < ends:
+        ready, waiting = ray.wait(waiting, timeout=max(0.0, ends - time.monotonic()))
+        for ref in ready:
+            try:
+                answer(ref, what)
+            except ProcessLost as error:
+                return error
+            except Exception:
+                continue
+    return None
+
+
 def answer(ref: Any, what: str) -> Any:
     """What a finished call returned; raises as `answers`."""
     import ray

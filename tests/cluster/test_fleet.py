@@ -62,6 +62,13 @@ class Step(Rank):
         torch.distributed.all_reduce(summed)
         return float(summed)
 
+    def fail(self, after_s: float) -> float:
+        """As ranks do whose neighbour dies: those that live see a broken connection, and may be first to say so."""
+        time.sleep(after_s)
+        if self.die:
+            os._exit(1)
+        raise RuntimeError("connection closed by peer")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def running() -> Iterator[None]:
@@ -138,6 +145,20 @@ def test_a_group_works_in_step_and_is_lost_together() -> None:
     with pytest.raises(GroupLost, match="learners: total: a process was lost"):
         group.call("total", [(1.0,), (2.0,)])
     assert time.monotonic() - began < 30, "nobody waits for the lost one"
+    group.stop()
+
+
+def test_a_group_is_lost_also_where_another_rank_speaks_before_the_death_is_known() -> None:
+    import ray
+
+    made: Any = ray.remote(Step).options(num_cpus=0)
+    group = Group(lambda rank: made.remote(rank == 1), 2, 60.0, "learner")
+    with pytest.raises(GroupLost, match="learners: fail: a process was lost"):
+        group.call("fail", [(0.0,), (2.0,)])
+    group.stop()
+    group = Group(lambda rank: made.remote(), 2, 60.0, "learner")
+    with pytest.raises(RuntimeError, match="connection closed by peer"):  # nobody died: an error of its own
+        group.call("fail", [(0.0,), (1.0,)])
     group.stop()
 
 
