@@ -17,6 +17,7 @@ from oxyray.generate.engine import Generator
 from oxyray.model.inputs import Inputs
 from oxyray.model.saved import model_folder, read_model
 from oxyray.run import Run
+from oxyray.sid.encoder import TextEncoder, encoder_folder
 
 _SHOWN_HISTORY = 8
 _ASKED = -1  # the number of the request that is asked; those of the log start at 0
@@ -44,11 +45,11 @@ class Recommendations:
     recent: list[Shown]
     items: list[Shown]
     milliseconds: float
+    query: str | None = None
 
     def __str__(self) -> str:
-        lines = [
-            f"user {self.user} at {self.scenario}" + (f", looking at {self.trigger.item_id} {self.trigger.title}" if self.trigger else "")
-        ]
+        looking = f", looking at {self.trigger.item_id} {self.trigger.title}" if self.trigger else ""
+        lines = [f"user {self.user} at {self.scenario}{looking}" + (f", typing {self.query!r}" if self.query else "")]
         lines += ["", "recently"] + ([_line("", shown) for shown in self.recent] or ["  nothing yet"])
         lines += ["", f"recommended ({self.milliseconds:.0f} ms)"]
         lines += [_line(f"{place}.", shown) for place, shown in enumerate(self.items, 1)]
@@ -65,8 +66,10 @@ def _line(place: str, shown: Shown) -> str:
 class Recommender:
     """A trained run, ready to answer. Loading reads the data, the catalogue and the exported model; answering needs torch alone."""
 
-    def __init__(self, inputs: Inputs, generator: Generator, config: ModelConfig) -> None:
+    def __init__(self, inputs: Inputs, generator: Generator, config: ModelConfig, encoder: str = "minilm") -> None:
         self.inputs, self.generator, self._model = inputs, generator, config
+        self._encoder_name = encoder
+        self._encoder: TextEncoder | None = None
         self.prepared: Prepared = inputs.prepared
         self._beams = generator.beams
         self._collate = inputs.collator(config)
@@ -79,10 +82,11 @@ class Recommender:
         place = Run(run)
         inputs = Inputs.load(place)
         policy, tables = read_model(model_folder(place), inputs, device)
-        generate = place.config().generate
+        config = place.config()
+        generate = config.generate
         beams = min(generate.beams, inputs.catalog.index.leaves)
         generator = Generator(policy, tables.lookup, inputs.catalog.index, inputs.prepared.train_counts_I(), beams, generate.normalise)
-        return cls(inputs, generator, policy.config)
+        return cls(inputs, generator, policy.config, config.sid.encoder)
 
     def recommend(
         self,
@@ -92,13 +96,15 @@ class Recommender:
         k: int = 10,
         include_seen: bool = True,
         at: int | None = None,
+        query: str | None = None,
     ) -> Recommendations:
         """The best `k` items for a user in a scenario; fewer where the scenario's pool has no more.
 
         `user` None is a newcomer without history; `scenario` None is the user's last one (a newcomer's: the shop's first); `at` is the time
         of the request in the data's unit (None: just after the last event), and events after it are not known; `include_seen=False` leaves
-        out items of the user's history.
-        Raises DataError on an unknown user, scenario or trigger item, GenerationError on an empty pool.
+        out items of the user's history; `query` is what the user typed.
+        Raises DataError on an unknown user, scenario or trigger item and on a query that the model cannot read, GenerationError on an empty
+        pool.
         """
         if k < 1:
             raise DataError(f"k must be at least 1, got {k}")
@@ -111,6 +117,8 @@ class Recommender:
         batch = self._collate(line, request_segments(line, asked, self._model.history), targets=False)
         if index < 0:  # nobody's row and nobody's profile
             batch.user_B, batch.profile_BP = torch.full_like(batch.user_B, -1), torch.zeros_like(batch.profile_BP)
+        if query:
+            batch.text_Q, batch.vector_WF = torch.zeros_like(batch.text_Q), self._read(query)
         batch = batch.to(self.generator.policy.tree.device)
         name = self.prepared.meta.scenarios[place]
         seen = [past["item"]] if not include_seen else None
@@ -125,7 +133,14 @@ class Recommender:
             for e in range(len(past["item"]))[: -_SHOWN_HISTORY - 1 : -1]
         ]
         looking = None if trigger is None else self._shown(self.prepared.item_index(trigger), None)
-        return Recommendations("(new)" if user is None else user, name, looking, recent, items, milliseconds)
+        return Recommendations("(new)" if user is None else user, name, looking, recent, items, milliseconds, query)
+
+    def _read(self, query: str) -> torch.Tensor:
+        """The query's text vector: (1, F)."""
+        if self.generator.policy.instruction.no_text is None:
+            raise DataError("this model reads no queries: its shop's events have none, or model.instruction.text=false")
+        self._encoder = self._encoder or TextEncoder(encoder_folder(self._encoder_name))
+        return torch.from_numpy(self._encoder.encode([query]))
 
     def _past(self, user: int, at: int | None) -> dict[str, np.ndarray]:
         if user < 0:

@@ -48,13 +48,17 @@ def test_from_logs_to_recommendations(tmp_path: Path) -> None:
         (stage, "fresh" if stage in ("prepare", "sid", "rank") else "would run") for stage in STAGES
     ]
 
-    printed = command(tmp_path, "recommend", f"run_dir={run.folder}", "user=U000001", "scenario=subsidy_home", "k=4")
-    answered = oxyray.Recommender.load(run.folder).recommend("U000001", scenario="subsidy_home", k=4)
-    assert "user U000001 at subsidy_home" in printed
+    printed = command(tmp_path, "recommend", f"run_dir={run.folder}", "user=U000001", "scenario=search", "query=linen dress", "k=4")
+    recommender = oxyray.Recommender.load(run.folder)
+    answered = recommender.recommend("U000001", scenario="search", query="linen dress", k=4)
+    assert "user U000001 at search, typing 'linen dress'" in printed
     assert len(answered.items) == 4
     for item in (*answered.recent, *answered.items):
         assert item.item_id in printed
         assert item.title[:40] in printed
+
+    silent = recommender.recommend("U000001", scenario="search", k=4)
+    assert [item.score for item in silent.items] != [item.score for item in answered.items], "what was typed counts"
 
     config = json.loads(run.path("stages", "pretrain.json").read_text())["settings"]
     assert config["train.max_steps"] == 5

@@ -122,3 +122,8 @@ def test_a_model_of_another_catalogue_is_refused(tmp_path):
     Catalog.of(old.item_ids, codes_IL, old.width).save(run.path("sid", "catalog"))
     with pytest.raises(CatalogueError, match=f"trained with catalogue {old.version}"):
         Recommender.load(run.folder)
+
+
+def test_a_query_to_a_model_that_reads_none_is_an_error(folder):
+    with pytest.raises(DataError, match=r"reads no queries: its shop's events have none"):
+        Recommender.load(folder).recommend("u03", "home", query="red shoes")

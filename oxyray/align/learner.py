@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Learner:
         run = Run(config.run_dir)
         self.inputs = Inputs.load(run)
         self.requests = Requests(self.inputs, config, settings)
-        model = replace(config.model, dropout=0.0)  # a dropped activation would tear trainer and rollout apart
+        model = config.model.calm
         start, tables = read_model(run.need("pretrain", "model", stage="pretrain"), self.inputs)
         policy = self.inputs.policy(model)
         policy.load_state_dict(start.state_dict())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ class Rollout:
     def __init__(self, config: Config, settings: AlignConfig) -> None:
         self.settings = settings
         self.inputs = Inputs.load(Run(config.run_dir))
-        self.policy = self.inputs.policy(replace(config.model, dropout=0.0)).eval()
+        self.policy = self.inputs.policy(config.model.calm).eval()
         self.requests = Requests(self.inputs, config, settings)
         self.pools = Pools(self.inputs, self.policy.tree)
         folder = Run(config.run_dir).path("pretrain", "model")

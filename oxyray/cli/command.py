@@ -20,7 +20,7 @@ from oxyray.errors import ConfigError, OxyrayError, Stopped
 from oxyray.pipeline import STAGES
 from oxyray.run import Run
 
-SHORT = {"user": "recommend.user", "scenario": "recommend.scenario", "trigger": "recommend.trigger", "k": "recommend.k"}
+SHORT = {name: f"recommend.{name}" for name in ("user", "scenario", "trigger", "query", "k")}
 COMMANDS = (*(stage.name for stage in STAGES), "run", "recommend", "doctor")
 
 
@@ -150,7 +150,8 @@ def _recommend(command: Command) -> None:
         raise ConfigError("user: must be given: oxyray recommend user=USER_ID")
     from oxyray.recommend import Recommender
 
-    print(Recommender.load(run.folder).recommend(wanted.user, scenario=wanted.scenario, trigger=wanted.trigger, k=wanted.k))
+    ready = Recommender.load(run.folder)
+    print(ready.recommend(wanted.user, scenario=wanted.scenario, trigger=wanted.trigger, k=wanted.k, query=wanted.query))
 
 
 def _doctor(command: Command) -> int:

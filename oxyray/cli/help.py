@@ -16,7 +16,7 @@ from oxyray.pipeline import STAGES
 
 COMMANDS = {
     "run": "all stages in order; what is fresh is skipped",
-    "recommend": "recommend to one user: user=... scenario=... k=10 trigger=...",
+    "recommend": "recommend to one user: user=... scenario=... k=10 trigger=... query=...",
     "doctor": "check this machine: versions, devices, memory, Ray",
 }
 _OPTIONS = """\
@@ -83,7 +83,7 @@ def stage_page(name: str, values: dict[str, Any] | None = None) -> str:
     if stage and stage.reads:
         lines += [f"Needs, in the same run_dir: {', '.join(stage.reads)}. Writes run_dir/{stage.folder}.", ""]
     if name == "recommend":
-        lines += ["Short keys: user, scenario, trigger and k. The model is the one in run_dir (or data=NAME, for runs/NAME).", ""]
+        lines += ["Short keys: user, scenario, trigger, query and k. The model is the one in run_dir (or data=NAME, for runs/NAME).", ""]
     if name == "run":
         lines += [f"Runs {', '.join(stage.name for stage in STAGES)}.", ""]
     read = _groups_of(name)

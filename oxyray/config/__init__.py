@@ -16,7 +16,7 @@ from oxyray.config.align import AlignConfig, ObjectiveConfig
 from oxyray.config.cluster import ClusterConfig, TrackingConfig
 from oxyray.config.data import MALL_ITEMS, DataConfig, MallConfig, SidConfig
 from oxyray.config.evaluate import EvaluateConfig, RecommendConfig, SasrecConfig
-from oxyray.config.model import GenerateConfig, ModelConfig
+from oxyray.config.model import GenerateConfig, InstructionConfig, ModelConfig, RetrievalConfig
 from oxyray.config.plain import from_dict, need, to_dict
 from oxyray.config.reward import RewardConfig
 from oxyray.config.train import CourseConfig, OptimConfig, RankConfig, RankerConfig, TrainConfig
@@ -80,6 +80,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "GenerateConfig",
+    "InstructionConfig",
     "MallConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -87,6 +88,7 @@ __all__ = [
     "RankConfig",
     "RankerConfig",
     "RecommendConfig",
+    "RetrievalConfig",
     "RewardConfig",
     "SasrecConfig",
     "SidConfig",

@@ -69,17 +69,19 @@ class EvaluateConfig:
 
 @dataclass(kw_only=True)
 class RecommendConfig:
-    """What `oxyray recommend` prints; on the command line the short keys `user`, `scenario`, `trigger`, `k` set these.
+    """What `oxyray recommend` prints; on the command line the short keys `user`, `scenario`, `trigger`, `query`, `k` set these.
 
     user: user_id to recommend to
     scenario: scenario to recommend in; null: the user's last
     trigger: item_id that the request starts from, for scenarios with a trigger
+    query: what the user typed
     k: items to recommend
     """
 
     user: str | None = None
     scenario: str | None = None
     trigger: str | None = None
+    query: str | None = None
     k: int = 10
 
     def __post_init__(self) -> None:

@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from oxyray.config.plain import need
 
 ACTIONS = ("click", "cart", "purchase")
 """From weakest to strongest; an action's index is its strength."""
+
+
+@dataclass(kw_only=True)
+class InstructionConfig:
+    """The composite instruction in the decoder's prompt (paper 2.3.2). Its scenario part is the scenario's ID and the clock, its trigger
+    part the item that a request starts from and what the user typed.
+
+    position: where it stands: right of BOS, left of BOS, replace it, add to it, none
+    content: scenario or trigger alone, concatenated (a token each), fused (one token)
+    text: let the trigger part hold what the user typed
+    dropout: share of training requests whose text is hidden, so that a missing one costs little
+    """
+
+    position: Literal["right", "left", "replace", "add", "none"] = "right"
+    content: Literal["fused", "concatenated", "scenario", "trigger"] = "fused"
+    text: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        need(0 <= self.dropout < 1, ".dropout", f"must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(kw_only=True)
+class RetrievalConfig:
+    """The space that requests and items share (paper 2.3.3): requests are drawn to the items that were taken.
+
+    q2i: weight of the query-to-item loss; 0 turns it off
+    temperature: of its softmax over the batch's items
+    variance: weight of the hinge that keeps every dimension in use
+    decorrelation: weight of the squared covariances between dimensions
+    inner: inner size of the adapter
+    """
+
+    q2i: float = 0.0
+    temperature: float = 0.07
+    variance: float = 0.1
+    decorrelation: float = 0.1
+    inner: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("q2i", "variance", "decorrelation"):
+            need(getattr(self, name) >= 0, f".{name}", f"must be 0 or more, got {getattr(self, name)}")
+        need(self.temperature > 0, ".temperature", f"must be positive, got {self.temperature}")
+        need(self.inner >= 1, ".inner", f"must be at least 1, got {self.inner}")
 
 
 @dataclass(kw_only=True)
@@ -50,6 +94,13 @@ class ModelConfig:
     item_loss: float = 0.5
     item_negatives: int = 2048
     distill: float = 0.0
+    instruction: InstructionConfig = field(default_factory=InstructionConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+    @property
+    def calm(self) -> ModelConfig:
+        """Without anything random in training: what drops activations or texts would tear trainer and rollout apart."""
+        return replace(self, dropout=0.0, instruction=replace(self.instruction, dropout=0.0))
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "encoder_layers", "decoder_layers", "hidden", "history", "row_dim"):

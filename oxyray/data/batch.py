@@ -5,8 +5,10 @@ in one pass; serving asks one query behind the last event. So training, evaluati
 
 Item features travel in an `ItemBlock`: the batch's item indices point into it, not into the catalogue. With the tied head the block is the
 whole catalogue; else the batch's distinct items.
- Legend: B segments, N history events of all segments, Q queries, U items of the block, L SID levels, C side features, F text width, P
-profile columns.
+ What a user typed is a *text*; the batch's distinct ones come as vectors.
+
+Legend: B segments, N history events of all segments, Q queries, U items of the block, W texts, L SID levels, C side features, F text width,
+P profile columns.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ class ItemBlock:
 
 @dataclass
 class Batch:
-    """Offsets are cumulative with a leading 0. Every `item` and `trigger` is an index into `items` (-1: none). `target_Q` is -1 when
-    serving. `negative_N` are items drawn from the catalogue for the item-level loss, None where the block is the whole catalogue."""
+    """Offsets are cumulative with a leading 0. Every `item` and `trigger` is an index into `items`, every `text` one into `vector_WF` (-1:
+    none). `target_Q` is -1 when serving. `negative_N` are items drawn from the catalogue for the item-level loss, None where the block is
+    the whole catalogue; `vector_WF` is None where the model reads no texts."""
 
     items: ItemBlock
     user_B: Tensor
@@ -52,11 +55,13 @@ class Batch:
     visible_Q: Tensor
     scenario_Q: Tensor
     trigger_Q: Tensor
+    text_Q: Tensor
     time_Q: Tensor
     target_Q: Tensor
     action_Q: Tensor
     weight_Q: Tensor
     negative_N: Tensor | None = None
+    vector_WF: Tensor | None = None
 
     def lookups(self) -> dict[str, Tensor]:
         """Rows that `policy(batch, rows)` needs, by table, in the order it expects them."""

@@ -81,6 +81,7 @@ class Prepared:
     def __init__(self, folder: Path, meta: Meta) -> None:
         self.folder = folder
         self.meta = meta
+        self.query_texts: pa.Array | None = None  # where they are known, events say which of them they have
         with _arrays(folder / "side.npz") as side:
             self.side_IC: np.ndarray = side["side_IC"]
             self.profile_UP: np.ndarray = side["profile_UP"]
@@ -134,17 +135,20 @@ class Prepared:
             return dict(zip(self.meta.scenarios, file["pool_SI"], strict=True))
 
     def events(self, part: int, columns: list[str] | None = None) -> dict[str, np.ndarray]:
-        """One part's columns (all of `EVENT_SCHEMA`, or the named ones). `query` holds strings or None; no price is NaN, no quantity 0."""
-        if not 0 <= part < self.parts:
-            raise RunError(f"{self.folder} has parts 0..{self.parts - 1}, not {part}")
-        return _columns(self._table(f"events/part-{part:05d}.parquet", columns))
+        """One part's columns (all of `EVENT_SCHEMA`, or the named ones). `query` holds strings or None; no price is NaN, no quantity 0.
+        With `query_texts` known, `query_row` says which of them an event has (-1: none)."""
+        return self._columns(self._table(self._part(part), columns))
+
+    def query_column(self, part: int) -> pa.ChunkedArray:
+        """The query text of each event of a part, null where there is none."""
+        return self._table(self._part(part), ["query"])["query"]
 
     def user_events(self, user: int) -> dict[str, np.ndarray]:
         """All events of one user, in time order, whatever their split."""
         if not 0 <= user < self.meta.users:
             raise DataError(f"user index {user} is out of range: {self.folder} has {self.meta.users} users")
         part = int(np.searchsorted(self.meta.part_users, user, side="right")) - 1
-        return _columns(self._table(f"events/part-{part:05d}.parquet", filters=pc.field("user") == user))
+        return self._columns(self._table(self._part(part), filters=pc.field("user") == user))
 
     @cached_property
     def _train_counts_I(self) -> np.ndarray:
@@ -171,6 +175,21 @@ class Prepared:
             raise DataError(f"{what} {value!r} is not in {self.folder} (known are {known}, …)")
         return int(place)
 
+    def _part(self, part: int) -> str:
+        if not 0 <= part < self.parts:
+            raise RunError(f"{self.folder} has parts 0..{self.parts - 1}, not {part}")
+        return f"events/part-{part:05d}.parquet"
+
+    def _columns(self, table: pa.Table) -> dict[str, np.ndarray]:
+        columns = {}
+        for name in table.column_names:
+            column = table[name].fill_null(0) if name == "quantity" else table[name]
+            columns[name] = column.to_numpy()
+        if self.query_texts is not None and "query" in columns:
+            row = pc.index_in(table["query"], value_set=self.query_texts, skip_nulls=True)
+            columns["query_row"] = row.fill_null(-1).to_numpy().astype(np.int64)
+        return columns
+
     def _table(self, name: str, columns: list[str] | None = None, filters: pc.Expression | None = None) -> pa.Table:
         with self._readable(name) as path:
             return pq.read_table(path, columns=columns, filters=filters)
@@ -184,14 +203,6 @@ class Prepared:
             raise RunError(f"{path} is missing: run `oxyray prepare` again") from None
         except (pa.ArrowException, OSError) as error:
             raise RunError(f"{path} is damaged ({str(error).splitlines()[0]}): run `oxyray prepare` again") from error
-
-
-def _columns(table: pa.Table) -> dict[str, np.ndarray]:
-    columns = {}
-    for name in table.column_names:
-        column = table[name].fill_null(0) if name == "quantity" else table[name]
-        columns[name] = column.to_numpy()
-    return columns
 
 
 def _arrays(path: Path) -> Any:

@@ -18,7 +18,7 @@ Array = np.ndarray
 @dataclass(frozen=True)
 class Timeline:
     """A part's events ordered by (user, end of request, request). `visible_E` counts the user's events that the event's request may see:
-    always the first ones from `user_start_E`."""
+    always the first ones from `user_start_E`. `query_E` says which of the known query texts an event has (-1: none)."""
 
     user_E: Array
     item_E: Array
@@ -30,6 +30,7 @@ class Timeline:
     split_E: Array
     user_start_E: Array
     visible_E: Array
+    query_E: Array
 
     def __len__(self) -> int:
         return len(self.user_E)
@@ -56,7 +57,9 @@ def timeline(events: dict[str, Array], splits: tuple[int, ...] = (0, 1, 2)) -> T
     """Order a part's events (`Prepared.events(part)`) and find what each may see. Events of other splits than `splits` are left out
     altogether."""
     keep = np.isin(events["split"], splits)
-    column = {name: events[name][keep] for name in ("user", "item", "time", "action", "scenario", "request", "trigger", "split")}
+    names = ("user", "item", "time", "action", "scenario", "request", "trigger", "split")
+    column = {name: events[name][keep] for name in names}
+    column["query"] = events["query_row"][keep] if "query_row" in events else np.full(int(keep.sum()), -1)
     begin_E, end_E = _request_times(column["user"], column["request"], column["time"])
     order = np.lexsort((column["request"], end_E, column["user"]))
     column = {name: values[order] for name, values in column.items()}
@@ -76,6 +79,7 @@ def timeline(events: dict[str, Array], splits: tuple[int, ...] = (0, 1, 2)) -> T
         column["split"],
         user_start_E,
         visible_E,
+        column["query"],
     )
 
 

@@ -44,13 +44,15 @@ class ItemFeatures:
 @dataclass
 class Collator:
     """Segments of a timeline to a Batch. With `whole_catalogue` the item block holds every item and item indices stay catalogue indices.
-    `negatives` is how many items `draw` draws for the item-level loss."""
+    `negatives` is how many items `draw` draws for the item-level loss, `query_WF` the vectors of the known query texts (None: the model
+    reads none)."""
 
     features: ItemFeatures
     profile_UP: Array
     weight_A: Array
     whole_catalogue: bool
     negatives: int = 0
+    query_WF: Array | None = None
     _block: ItemBlock | None = field(default=None, repr=False)
 
     def draw(self, *seed: int) -> Array | None:
@@ -65,6 +67,7 @@ class Collator:
         target_Q = time.item_E[query_Q] if targets else np.full(len(query_Q), -1)
         drawn_N = np.empty(0, np.int64) if negative_N is None else negative_N
         items, (item_N, trigger_Q, target_Q, drawn_N) = self._localise(item_N, trigger_Q, target_Q, drawn_N)
+        text_Q, vector_WF = self._texts(time.query_E[query_Q])
         return Batch(
             items=items,
             user_B=_long(user_B),
@@ -78,12 +81,22 @@ class Collator:
             visible_Q=_long(np.maximum(time.user_start_E[query_Q] + time.visible_E[query_Q] - start_Q, 0)),
             scenario_Q=_long(time.scenario_E[query_Q]),
             trigger_Q=_long(trigger_Q),
+            text_Q=_long(text_Q),
             time_Q=_long(time.asked_E[query_Q]),
             target_Q=_long(target_Q),
             action_Q=_long(time.action_E[query_Q]),
             weight_Q=torch.from_numpy(self.weight_A[time.action_E[query_Q]].astype(np.float32)),
             negative_N=None if negative_N is None else _long(drawn_N),
+            vector_WF=vector_WF,
         )
+
+    def _texts(self, row_Q: Array) -> tuple[Array, Tensor | None]:
+        """Which of the batch's distinct texts each query has, and their vectors."""
+        if self.query_WF is None:
+            return np.full(len(row_Q), -1), None
+        used, place_Q = np.unique(row_Q, return_inverse=True)
+        none = int((used < 0).sum())
+        return place_Q - none, torch.from_numpy(np.array(self.query_WF[used[none:]], dtype=np.float32))
 
     def _localise(self, *indices: Array) -> tuple[ItemBlock, tuple[Array, ...]]:
         if self.whole_catalogue:

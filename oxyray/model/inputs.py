@@ -18,6 +18,7 @@ from oxyray.model.policy import Policy
 from oxyray.model.tables import TableSpec
 from oxyray.run import Run
 from oxyray.sid.catalog import Catalog
+from oxyray.sid.queries import QueryVectors
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Inputs:
     prepared: Prepared
     catalog: Catalog
     text_IF: np.ndarray | None
+    queries: QueryVectors | None = None
 
     @classmethod
     def load(cls, run: Run, version: str | None = None) -> Inputs:
@@ -40,7 +42,9 @@ class Inputs:
         text_IF = np.load(vectors, allow_pickle=False, mmap_mode="r") if vectors.exists() else None
         if text_IF is not None and len(text_IF) != len(catalog):
             raise RunError(f"{vectors} has {len(text_IF)} rows for {len(catalog)} items: run `oxyray sid` again")
-        return cls(prepared, catalog, text_IF)
+        queries = QueryVectors.load(run)
+        prepared.query_texts = None if queries is None else queries.text_W
+        return cls(prepared, catalog, text_IF, queries)
 
     @cached_property
     def features(self) -> ItemFeatures:
@@ -56,7 +60,7 @@ class Inputs:
             items=meta.items, users=meta.users, scenarios=len(meta.scenarios), actions=len(meta.actions),
             side=tuple(feature["size"] for feature in meta.side), profile=tuple(feature["size"] for feature in meta.profile),
             levels=self.catalog.levels, width=self.catalog.width, text=0 if self.text_IF is None else int(self.text_IF.shape[1]),
-            clock=meta.time_unit == "seconds",
+            query=0 if self.queries is None else int(self.queries.vector_WF.shape[1]), clock=meta.time_unit == "seconds",
         )  # fmt: skip
 
     def policy(self, config: ModelConfig) -> Policy:
@@ -75,7 +79,8 @@ class Inputs:
         weight_A = np.array([1.0 if action_weights is None else action_weights[name] for name in actions])
         some = config.head == "codes" or config.item_negatives < self.vocab.items
         negatives = min(config.item_negatives, self.vocab.items) if config.item_loss and some else 0
-        return Collator(self.features, self.prepared.profile_UP, weight_A, config.head == "tied", negatives)
+        texts = self.queries.vector_WF if self.queries is not None and config.instruction.text else None
+        return Collator(self.features, self.prepared.profile_UP, weight_A, config.head == "tied", negatives, texts)
 
 
 def check_beams(config: Config, inputs: Inputs) -> None:

@@ -17,8 +17,8 @@ from oxyray.model.layers import RMSNorm, Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Vocab:
-    """Sizes that the data fixes: what a saved model was built for. `clock` says that times are seconds, so hour, month and gaps mean
-    something."""
+    """Sizes that the data fixes: what a saved model was built for. `text` and `query` are the widths of an item's and of a query's text
+    vector, 0 where there are none. `clock` says that times are seconds, so hour, month and gaps mean something."""
 
     items: int
     users: int
@@ -30,6 +30,7 @@ class Vocab:
     width: int
     text: int
     clock: bool
+    query: int = 0
 
 
 class ItemEncoder(nn.Module):

@@ -19,9 +19,11 @@ from oxyray.errors import CatalogueError, GenerationError
 from oxyray.model.decoder import BeamState, Decoder, Memory
 from oxyray.model.encoder import Encoder
 from oxyray.model.head import Head, Tree, ragged_logsumexp, spread
+from oxyray.model.instruction import Instruction, Told, segments_of
 from oxyray.model.items import Clock, ItemEncoder, Vocab
 from oxyray.model.layers import Dropout, RMSNorm, Tensor
 from oxyray.model.losses import Children, LossOut, distilled_roots, item_nll, vocabulary_nll
+from oxyray.model.retrieval import Adapter, q2i
 from oxyray.sid.prefix import PrefixIndex
 
 Rows = dict[str, Tensor]
@@ -59,7 +61,6 @@ class Policy(nn.Module):
         self.config, self.vocab, self.tree = config, vocab, Tree(index)
         self.items = ItemEncoder(config, vocab)
         self.action, self.event_scenario = nn.Embedding(vocab.actions, D), nn.Embedding(vocab.scenarios, D)
-        self.clock = Clock(D) if vocab.clock else None
         self.event_gap = nn.Embedding(Clock.GAPS, D) if vocab.clock else None
         self.profile = nn.ModuleList(nn.Embedding(size, D) for size in vocab.profile)
         self.user = nn.Linear(config.row_dim, D, bias=False) if config.user_table else None
@@ -68,25 +69,28 @@ class Policy(nn.Module):
         self.input_norm = RMSNorm(D)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.state = nn.Linear(D, D, bias=False)
-        self.bos, self.no_trigger = nn.Parameter(torch.randn(D) * 0.02), nn.Parameter(torch.randn(D) * 0.02)
-        self.scenario = nn.Embedding(vocab.scenarios, D)
-        self.fuse = nn.Sequential(nn.Linear(2 * D, D), nn.SiLU(), nn.Linear(D, D))
-        self.level = nn.Parameter(torch.randn(vocab.levels + 1, D) * 0.02)
+        self.instruction = Instruction(config.instruction, vocab, D)
+        apart = self.instruction.no_text is not None and self.items.text is None
+        self.query_text = nn.Linear(vocab.query, D, bias=False) if apart else None
+        self.adapter = Adapter(D, config.retrieval.inner) if config.retrieval.q2i else None
+        self.level = nn.Parameter(torch.randn(vocab.levels, D) * 0.02)
         self.head = Head(D, vocab.levels, vocab.width, config.head == "tied")
         self.item_query = nn.Linear(D, D, bias=False)
-        for table in (self.action, self.event_scenario, self.scenario, *self.profile, *([self.event_gap] if self.event_gap else [])):
+        for table in (self.action, self.event_scenario, *self.profile, *([self.event_gap] if self.event_gap else [])):
             nn.init.normal_(table.weight, std=0.02)
         nn.init.eye_(self.state.weight)
 
     def loss(self, batch: Batch, rows: Rows) -> LossOut:
-        """Weighted next-token loss of every query's target, plus the item-level softmax (paper Eq. 3 without Q2I): sums over queries."""
+        """Weighted next-token loss of every query's target, plus Q2I (paper Eq. 3) and the item-level softmax: sums over queries. In
+        training Q2I compares with the items of all processes, so all must call."""
         item_UD = self.items(batch.items, rows["item"])
         memory = self._memory(batch, rows, item_UD)
         vectors = self.head.vectors(self.tree, item_UD)
         codes_QL = batch.items.codes_UL[batch.target_Q]
-        prompt_QTD = self._prompt(batch, item_UD, memory)
+        told = self._told(batch, item_UD)
+        prompt_QTD = self.instruction.prompt(told)
         tokens = [self._token(level, codes_QL[:, level])[:, None] for level in range(self.vocab.levels - 1)]
-        x_QTD = self.dropout(torch.cat([prompt_QTD, *tokens], dim=1)) + self._state(batch, memory)[:, None]
+        x_QTD = self.dropout(torch.cat([prompt_QTD, *tokens], dim=1)) + self._start(batch, memory, told)[:, None]
         hidden_QTD = self.decoder(x_QTD, memory)[:, prompt_QTD.shape[1] - 1 :]
         prob_QU = None
         parts: dict[str, Tensor] = {}
@@ -98,7 +102,10 @@ class Policy(nn.Module):
         else:
             nll = [vocabulary_nll(hidden_QTD[:, level], self.head.own[level], codes_QL[:, level]) for level in range(self.vocab.levels)]
             parts["ntp"] = torch.stack(nll).sum(0)
-        scale = {"ntp": 1.0, "item": self.config.item_loss, "distill": self.config.distill}
+        if self.adapter is not None:
+            asked_QD, taken_QD = self.adapter(told.scenario_QD + told.trigger_QD), self.adapter(item_UD[batch.target_Q])
+            parts["q2i"] = q2i(asked_QD, taken_QD, batch.items.ids_U[batch.target_Q], self.config.retrieval, together=self.training)
+        scale = {"ntp": 1.0, "item": self.config.item_loss, "distill": self.config.distill, "q2i": self.config.retrieval.q2i}
         total_Q = torch.stack([scale[name] * part_Q for name, part_Q in parts.items()]).sum(0)
         return LossOut((total_Q * batch.weight_Q).sum(), {name: (part_Q * batch.weight_Q).sum().detach() for name, part_Q in parts.items()})
 
@@ -187,8 +194,9 @@ class Policy(nn.Module):
     def _started(self, batch: Batch, rows: Rows) -> Decoding:
         item_UD = self.items(batch.items, rows["item"])
         memory = self._memory(batch, rows, item_UD)
-        state_BD = self._state(batch, memory)
-        hidden_BD, states = self.decoder.start(self._prompt(batch, item_UD, memory) + state_BD[:, None], memory)
+        told = self._told(batch, item_UD)
+        state_BD, prompt_BTD = self._start(batch, memory, told), self.instruction.prompt(told)
+        hidden_BD, states = self.decoder.start(prompt_BTD + state_BD[:, None], memory)
         vectors = self.head.vectors(self.tree, item_UD)
         return Decoding(memory, state_BD, states, vectors, hidden_BD[:, None], self.item_query(hidden_BD), item_UD)
 
@@ -196,18 +204,15 @@ class Policy(nn.Module):
         x_BKD = self._token(level, self.tree.code(level)[node_BK]) + decoding.state_BD[:, None]
         decoding.hidden_BKD = self.decoder.advance(x_BKD, decoding.states, decoding.memory, origin_BK)
 
-    def _token(self, level: int, code: Tensor) -> Tensor:
-        return self.items.code[level](code) + self.level[level + 1]
+    def _told(self, batch: Batch, item_UD: Tensor) -> Told:
+        """Queries go through the same map as item texts, where there is one: the two start out in one space."""
+        text, text_WD = self.items.text or self.query_text, None
+        if text is not None and batch.vector_WF is not None:
+            text_WD = text(batch.vector_WF.to(text.weight.dtype))
+        return self.instruction.told(batch, item_UD, text_WD)
 
-    def _prompt(self, batch: Batch, item_UD: Tensor, memory: Memory) -> Tensor:
-        """`BOS, instruction`: (Q, 2, D). The instruction fuses scenario, time and trigger item (or its learned default) into one token."""
-        context_QD = self.scenario(batch.scenario_Q)
-        if self.clock is not None:
-            context_QD = context_QD + self.clock(batch.time_Q, batch.time_Q - self._last_time(batch))
-        trigger_QD = torch.where((batch.trigger_Q >= 0)[:, None], item_UD[batch.trigger_Q.clamp(min=0)], self.no_trigger)
-        instruction_QD = context_QD + self.fuse(torch.cat([context_QD, trigger_QD], dim=-1))
-        bos_QD = self.bos.expand_as(instruction_QD)
-        return torch.stack([bos_QD, instruction_QD + self.level[0]], dim=1)
+    def _token(self, level: int, code: Tensor) -> Tensor:
+        return self.items.code[level](code) + self.level[level]
 
     def _memory(self, batch: Batch, rows: Rows, item_UD: Tensor) -> Memory:
         index_BS, real_BS = pad_index(batch.history_offset)
@@ -230,17 +235,11 @@ class Policy(nn.Module):
         position_BP = batch.visible_Q[query_BP] + 1
         return Memory(memory_BSD, position_BS, query_BP, real_BP, position_BS[:, None] < position_BP[..., None], position_BP)
 
-    def _state(self, batch: Batch, memory: Memory) -> Tensor:
-        """Where the history stands at each query: the memory of the last event that it sees. Every decoder token starts from it, so that
-        what follows what is learned without a detour through attention: (Q, D).
+    def _start(self, batch: Batch, memory: Memory, told: Told) -> Tensor:
+        """What every decoder token starts from: where the history stands (the memory of the last event that the query sees), and the
+        trigger. So what follows what is learned without a detour through attention: (Q, D).
         """
-        return self.state(memory.memory_BSD[_segments(batch), batch.visible_Q])
-
-    def _last_time(self, batch: Batch) -> Tensor:
-        """Time of the last event that each query sees; its own time where it sees none."""
-        last_Q = batch.history_offset[_segments(batch)] + batch.visible_Q - 1
-        time_N = torch.cat([batch.time_N, batch.time_Q[:1]])
-        return torch.where(batch.visible_Q > 0, time_N[last_Q.clamp(0, len(time_N) - 1)], batch.time_Q)
+        return self.state(memory.memory_BSD[segments_of(batch), batch.visible_Q]) + self.instruction.carried(told)
 
 
 def _refuse(illegal_BG: Tensor, level: int) -> None:
@@ -250,8 +249,3 @@ def _refuse(illegal_BG: Tensor, level: int) -> None:
             f"candidate of request {int(illegal_BG.any(1).nonzero()[0])} is not legal at level {level + 1}: its item is not in the "
             "request's pool"
         )
-
-
-def _segments(batch: Batch) -> Tensor:
-    """The segment of each query: (Q,)."""
-    return torch.repeat_interleave(torch.arange(batch.segments, device=batch.user_B.device), torch.diff(batch.query_offset))

@@ -1,7 +1,8 @@
 """The stage `sid`: prepared items to semantic IDs. Reads RUN/data, writes RUN/sid whole or not at all.
 
 RUN/sid holds `vectors.npy` (the text vectors, also the model's text input), `catalog/`, `codebook.npz` and `joiner.npz` (with which new
-items get their codes), and `quality.json`. Only training events shape behaviour vectors."""
+items get their codes), `quality.json` and, where the shop's users type, `queries/` (their texts as vectors). Only training events shape
+behaviour vectors."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from oxyray.sid.catalog import Catalog
 from oxyray.sid.collisions import told_apart
 from oxyray.sid.encoder import TEXT_COLUMNS, encode, encoder_folder, encoder_identity, item_texts
 from oxyray.sid.quality import quality, table
+from oxyray.sid.queries import QueryVectors, distinct_queries, exposures_file
 
 Array = np.ndarray
 
@@ -38,6 +40,8 @@ def sid(config: Config, run: Run) -> None:
         )
     seconds, clock = {}, time.monotonic()
     text_IF = encode(item_texts(items), settings, config.cluster)
+    asked_W = distinct_queries(prepared, exposures_file(config, run))
+    queries = QueryVectors.encoded(asked_W, config) if len(asked_W) else None
     seconds["encode"], clock = time.monotonic() - clock, time.monotonic()
     behaviour_ID = None
     if settings.vectors == "text_behaviour":
@@ -67,6 +71,8 @@ def sid(config: Config, run: Run) -> None:
         fit.codebook.save(part / "codebook.npz")
         joiner.save(part / "joiner.npz")
         write_json(part / "quality.json", figures)
+        if queries is not None:
+            queries.save(part / "queries")
     run.log(
         "sid",
         {

@@ -17,7 +17,7 @@ from oxyray.files import write_json
 from oxyray.model.inputs import Inputs
 from oxyray.model.tables import TableSpec
 from oxyray.reward.compare import compare, text
-from oxyray.reward.log import Log, write_queries
+from oxyray.reward.log import Log
 from oxyray.reward.packing import RankBatch
 from oxyray.reward.pages import stretches
 from oxyray.reward.quality import auc, gauc
@@ -34,13 +34,10 @@ VALID = (1,)
 
 
 def rank(config: Config, run: Run) -> None:
-    """Train the ranker on the log of RUN/data (or its exposures); leave `RUN/rank/model`, `queries` and `metrics.json`, and print the
-    table. Raises as `oxyray.train.driver.train`."""
+    """Train the ranker on the log of RUN/data (or its exposures); leave `RUN/rank/model` and `metrics.json`, and print the table.
+    Raises as `oxyray.train.driver.train`."""
     inputs = Inputs.load(run)
     log = Log.of(config, run, inputs.prepared)
-    run.path("rank").mkdir(parents=True, exist_ok=True)
-    if config.rank.model.text_input and inputs.text_IF is not None:
-        write_queries(config, run, log)
     train("oxyray.train.rank:RankTask", config, run)
     found = compare(config, run, inputs, log)
     write_json(run.path("rank", "metrics.json"), found)

@@ -65,7 +65,8 @@ def test_no_query_depends_on_what_it_may_not_see():
 
     toy.policy.action = Events()
     memory = toy.policy._memory(batch, rows, item_UD)
-    hidden_QTD = toy.policy.decoder(toy.policy._prompt(batch, item_UD, memory) + toy.policy._state(batch, memory)[:, None], memory)
+    told = toy.policy._told(batch, item_UD)
+    hidden_QTD = toy.policy.decoder(toy.policy.instruction.prompt(told) + toy.policy._start(batch, memory, told)[:, None], memory)
     segment_Q = torch.repeat_interleave(torch.arange(batch.segments), torch.diff(batch.query_offset))
     for query in range(batch.queries):
         (gradient,) = torch.autograd.grad(hidden_QTD[query, -1].square().sum(), event_ND, retain_graph=True)
@@ -175,9 +176,10 @@ def test_distillation_is_the_cross_entropy_to_the_item_softmax_summed_over_each_
     total = 0.0
     for query, target in enumerate(batch.target_Q.tolist()):
         tokens = [toy.policy._token(level, torch.tensor(toy.codes_IL[target, level])) for level in range(2)]
-        prompt_QTD = toy.policy._prompt(batch, item_UD, memory)
+        told = toy.policy._told(batch, item_UD)
+        prompt_QTD = toy.policy.instruction.prompt(told)
         x_QTD = torch.cat([prompt_QTD, torch.stack(tokens).expand(batch.queries, -1, -1)], dim=1)
-        x_QTD = x_QTD + toy.policy._state(batch, memory)[:, None]
+        x_QTD = x_QTD + toy.policy._start(batch, memory, told)[:, None]
         hidden_TD = toy.policy.decoder(x_QTD, memory)[query, 1:]
         prob_I = torch.softmax(item_UD @ toy.policy.item_query(hidden_TD[0]), 0)
         for level in range(3):

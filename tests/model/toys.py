@@ -25,7 +25,7 @@ class Toy:
         self.codes_IL = random.integers(0, width, (items, 3))
         self.index = PrefixIndex.from_codes(self.codes_IL, width)
         self.vocab = Vocab(
-            items=items, users=users, scenarios=3, actions=3, side=(4, 3), profile=(5,), levels=3, width=width, text=7, clock=clock
+            items=items, users=users, scenarios=3, actions=3, side=(4, 3), profile=(5,), levels=3, width=width, text=7, query=7, clock=clock
         )
         config = {
             "width": 16,
@@ -45,7 +45,8 @@ class Toy:
         side = np.stack([random.integers(0, size, items) for size in self.vocab.side], axis=1)
         self.features = ItemFeatures(torch.from_numpy(self.codes_IL), torch.from_numpy(side), torch.randn(items, 7).double())
         weight_A = np.array([1.0, 2.0, 4.0])
-        self.collate = Collator(self.features, random.integers(0, 5, (users, 1)), weight_A, head == "tied", self.config.item_negatives)
+        profile_UP, query_WF = random.integers(0, 5, (users, 1)), random.normal(size=(9, 7))
+        self.collate = Collator(self.features, profile_UP, weight_A, head == "tied", self.config.item_negatives, query_WF)
         self.tables = {"item": torch.randn(items, 8).double(), "user": torch.randn(users, 8).double()}
         events = 12 * users
         self.timeline: Timeline = timeline(
@@ -57,6 +58,7 @@ class Toy:
                 "scenario": random.integers(0, 3, events),
                 "request": random.integers(0, events, events),
                 "trigger": random.integers(-1, items, events),
+                "query_row": random.integers(-1, 9, events),
                 "split": np.zeros(events, int),
             }
         )

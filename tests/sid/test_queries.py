@@ -1,0 +1,73 @@
+"""Query texts: found in events and exposures, encoded once, and numbered the same wherever events are read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from oxyray.data.prepare import prepare
+from oxyray.errors import RunError
+from oxyray.model.inputs import Inputs
+from oxyray.run import Run
+from oxyray.sid import stage
+from oxyray.sid.encoder import encode
+from oxyray.sid.queries import QueryVectors
+from tests.sid.test_stage import made
+
+TYPED = ["red lipstick", None, "tea pott", "", "red lipstick"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("shop")
+    config, run = made(folder, tmp_path_factory.mktemp("vectors"))
+    events = pq.read_table(folder / "shop" / "events.parquet")
+    typed = [TYPED[row % len(TYPED)] for row in range(events.num_rows)]
+    pq.write_table(events.append_column("query", pa.array(typed, pa.string())), folder / "shop" / "events.parquet")
+    pq.write_table(pa.table({"query": ["garden hose", "red lipstick", None]}), folder / "shop" / "exposures.parquet")
+    prepare(config, run)
+    stage.sid(config, run)
+    return run
+
+
+def test_every_text_is_encoded_once_and_events_say_which_they_have(shop: Run) -> None:
+    queries = QueryVectors.load(shop)
+    assert queries is not None
+    assert queries.text_W.to_pylist() == ["garden hose", "red lipstick", "tea pott"]
+    inputs = Inputs.load(shop)
+    assert inputs.vocab.query == queries.vector_WF.shape[1] == 384
+    seen = set()
+    for part in range(inputs.prepared.parts):
+        events = inputs.prepared.events(part)
+        for text, row in zip(events["query"], events["query_row"], strict=True):
+            assert row == (-1 if not text else ["garden hose", "red lipstick", "tea pott"].index(text))
+            seen.add(int(row))
+    assert seen == {-1, 1, 2}
+    user = inputs.prepared.user_events(3)
+    assert len(user["query_row"]) == len(user["item"])
+
+
+def test_vectors_are_the_text_encoders_and_an_unknown_text_is_an_error(shop: Run, tmp_path: Path) -> None:
+    queries = QueryVectors.load(shop)
+    assert queries is not None
+    config, _ = made(tmp_path, tmp_path / "vectors")
+    want = encode(["tea pott", "garden hose"], replace(config.sid, cache_dir=str(tmp_path / "again")))
+    assert np.allclose(queries.of(("tea pott", "garden hose")), want, atol=1e-5)
+    with pytest.raises(RunError, match="queries that RUN/sid/queries does not cover: run `oxyray sid force=true`"):
+        queries.of(("nobody typed this",))
+
+
+def test_a_shop_without_queries_has_none(tmp_path: Path) -> None:
+    config, run = made(tmp_path, tmp_path / "vectors")
+    stage.sid(config, run)
+    assert QueryVectors.load(run) is None
+    inputs = Inputs.load(run)
+    assert inputs.vocab.query == 0
+    assert "query_row" not in inputs.prepared.events(0)
+    collate = inputs.collator(config.model)
+    assert collate.query_WF is None
