@@ -33,13 +33,16 @@ class InstructionConfig:
 
 @dataclass(kw_only=True)
 class RetrievalConfig:
-    """The space that requests and items share (paper 2.3.3): requests are drawn to the items that were taken.
+    """The space that requests and items share (paper 2.3.3): requests are drawn to the items that were taken (Q2I), and fetch what is
+    like them from the user's older events (IGR).
 
     q2i: weight of the query-to-item loss; 0 turns it off
     temperature: of its softmax over the batch's items
     variance: weight of the hinge that keeps every dimension in use
     decorrelation: weight of the squared covariances between dimensions
     inner: inner size of the adapter
+    history: events before the latest model.history ones that a request may fetch from
+    top: how many of them it fetches; 0 turns IGR off
     """
 
     q2i: float = 0.0
@@ -47,12 +50,17 @@ class RetrievalConfig:
     variance: float = 0.1
     decorrelation: float = 0.1
     inner: int = 32
+    history: int = 500
+    top: int = 0
 
     def __post_init__(self) -> None:
         for name in ("q2i", "variance", "decorrelation"):
             need(getattr(self, name) >= 0, f".{name}", f"must be 0 or more, got {getattr(self, name)}")
         need(self.temperature > 0, ".temperature", f"must be positive, got {self.temperature}")
-        need(self.inner >= 1, ".inner", f"must be at least 1, got {self.inner}")
+        for name in ("inner", "history"):
+            need(getattr(self, name) >= 1, f".{name}", f"must be at least 1, got {getattr(self, name)}")
+        need(self.top >= 0, ".top", f"must be 0 (off) or more, got {self.top}")
+        need(self.top == 0 or self.q2i > 0, ".top", "fetches by the space that the query-to-item loss makes: set .q2i above 0")
 
 
 @dataclass(kw_only=True)

@@ -7,8 +7,8 @@ Item features travel in an `ItemBlock`: the batch's item indices point into it, 
 whole catalogue; else the batch's distinct items.
  What a user typed is a *text*; the batch's distinct ones come as vectors.
 
-Legend: B segments, N history events of all segments, Q queries, U items of the block, W texts, L SID levels, C side features, F text width,
-P profile columns.
+Legend: B segments, N history events of all segments, O older events of all segments, Q queries, U items of the block, W texts, L SID
+levels, C side features, F text width, P profile columns.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class ItemBlock:
 
 @dataclass
 class Batch:
-    """Offsets are cumulative with a leading 0. Every `item` and `trigger` is an index into `items`, every `text` one into `vector_WF` (-1:
+    """`older_*` are events before a segment's history, from which a query may fetch; it may see the first `older_visible` of its segment's.
+    Offsets are cumulative with a leading 0. Every `item` and `trigger` is an index into `items`, every `text` one into `vector_WF` (-1:
     none). `target_Q` is -1 when serving. `negative_N` are items drawn from the catalogue for the item-level loss, None where the block is
     the whole catalogue; `vector_WF` is None where the model reads no texts."""
 
@@ -60,6 +61,11 @@ class Batch:
     target_Q: Tensor
     action_Q: Tensor
     weight_Q: Tensor
+    older_item_O: Tensor
+    older_action_O: Tensor
+    older_scenario_O: Tensor
+    older_offset: Tensor
+    older_visible_Q: Tensor
     negative_N: Tensor | None = None
     vector_WF: Tensor | None = None
 

@@ -45,7 +45,7 @@ class ItemFeatures:
 class Collator:
     """Segments of a timeline to a Batch. With `whole_catalogue` the item block holds every item and item indices stay catalogue indices.
     `negatives` is how many items `draw` draws for the item-level loss, `query_WF` the vectors of the known query texts (None: the model
-    reads none)."""
+    reads none), `older` how many events before a segment's history come along."""
 
     features: ItemFeatures
     profile_UP: Array
@@ -53,6 +53,7 @@ class Collator:
     whole_catalogue: bool
     negatives: int = 0
     query_WF: Array | None = None
+    older: int = 0
     _block: ItemBlock | None = field(default=None, repr=False)
 
     def draw(self, *seed: int) -> Array | None:
@@ -63,10 +64,15 @@ class Collator:
         event_N, query_Q = _ranges(segments.start_B, segments.length_B), _ranges(segments.query_start_B, segments.query_length_B)
         start_Q = np.repeat(segments.start_B, segments.query_length_B)
         user_B = time.user_E[segments.query_start_B]
+        user_start_B = time.user_start_E[segments.query_start_B]
+        older_start_B = np.maximum(user_start_B, segments.start_B - self.older)
+        older_O = _ranges(older_start_B, segments.start_B - older_start_B)
+        older_start_Q = np.repeat(older_start_B, segments.query_length_B)
         item_N, trigger_Q = time.item_E[event_N], time.trigger_E[query_Q]
         target_Q = time.item_E[query_Q] if targets else np.full(len(query_Q), -1)
         drawn_N = np.empty(0, np.int64) if negative_N is None else negative_N
-        items, (item_N, trigger_Q, target_Q, drawn_N) = self._localise(item_N, trigger_Q, target_Q, drawn_N)
+        items, (item_N, trigger_Q, target_Q, drawn_N, item_O) = self._localise(item_N, trigger_Q, target_Q, drawn_N, time.item_E[older_O])
+        end_Q = time.user_start_E[query_Q] + time.visible_E[query_Q]
         text_Q, vector_WF = self._texts(time.query_E[query_Q])
         return Batch(
             items=items,
@@ -78,7 +84,7 @@ class Collator:
             time_N=_long(time.asked_E[event_N]),
             history_offset=offsets(segments.length_B),
             query_offset=offsets(segments.query_length_B),
-            visible_Q=_long(np.maximum(time.user_start_E[query_Q] + time.visible_E[query_Q] - start_Q, 0)),
+            visible_Q=_long(np.maximum(end_Q - start_Q, 0)),
             scenario_Q=_long(time.scenario_E[query_Q]),
             trigger_Q=_long(trigger_Q),
             text_Q=_long(text_Q),
@@ -86,6 +92,11 @@ class Collator:
             target_Q=_long(target_Q),
             action_Q=_long(time.action_E[query_Q]),
             weight_Q=torch.from_numpy(self.weight_A[time.action_E[query_Q]].astype(np.float32)),
+            older_item_O=_long(item_O),
+            older_action_O=_long(time.action_E[older_O]),
+            older_scenario_O=_long(time.scenario_E[older_O]),
+            older_offset=offsets(segments.start_B - older_start_B),
+            older_visible_Q=_long(np.clip(end_Q, older_start_Q, start_Q) - older_start_Q),
             negative_N=None if negative_N is None else _long(drawn_N),
             vector_WF=vector_WF,
         )

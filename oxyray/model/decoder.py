@@ -33,6 +33,17 @@ class Memory:
     visible_BPS: Tensor
     position_BP: Tensor
 
+    def append(self, fetched_BxD: Tensor, found_BPk: Tensor) -> None:
+        """Give each query slots of its own (x = P · k, query by query), which it alone sees where `found_BPk`. They stand before all others
+        in time, the last at -1."""
+        queries = found_BPk.shape[1]
+        own_PP = torch.eye(queries, dtype=torch.bool, device=found_BPk.device)
+        own_BPx = (found_BPk[:, None] & own_PP[None, :, :, None]).flatten(2)
+        before_Bx = -found_BPk.flip(-1).cumsum(-1).flip(-1).flatten(1)
+        self.memory_BSD = torch.cat([self.memory_BSD, fetched_BxD], dim=1)
+        self.position_BS = torch.cat([self.position_BS, before_Bx], dim=1)
+        self.visible_BPS = torch.cat([self.visible_BPS, own_BPx], dim=2)
+
 
 @dataclass
 class BeamState:

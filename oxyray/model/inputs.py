@@ -80,7 +80,8 @@ class Inputs:
         some = config.head == "codes" or config.item_negatives < self.vocab.items
         negatives = min(config.item_negatives, self.vocab.items) if config.item_loss and some else 0
         texts = self.queries.vector_WF if self.queries is not None and config.instruction.text else None
-        return Collator(self.features, self.prepared.profile_UP, weight_A, config.head == "tied", negatives, texts)
+        older = config.retrieval.history if config.retrieval.top else 0
+        return Collator(self.features, self.prepared.profile_UP, weight_A, config.head == "tied", negatives, texts, older)
 
 
 def check_beams(config: Config, inputs: Inputs) -> None:

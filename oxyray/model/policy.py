@@ -23,7 +23,7 @@ from oxyray.model.instruction import Instruction, Told, segments_of
 from oxyray.model.items import Clock, ItemEncoder, Vocab
 from oxyray.model.layers import Dropout, RMSNorm, Tensor
 from oxyray.model.losses import Children, LossOut, distilled_roots, item_nll, vocabulary_nll
-from oxyray.model.retrieval import Adapter, q2i
+from oxyray.model.retrieval import Adapter, most_like, q2i
 from oxyray.sid.prefix import PrefixIndex
 
 Rows = dict[str, Tensor]
@@ -84,10 +84,10 @@ class Policy(nn.Module):
         """Weighted next-token loss of every query's target, plus Q2I (paper Eq. 3) and the item-level softmax: sums over queries. In
         training Q2I compares with the items of all processes, so all must call."""
         item_UD = self.items(batch.items, rows["item"])
-        memory = self._memory(batch, rows, item_UD)
+        told = self._told(batch, item_UD)
+        memory = self._memory(batch, rows, item_UD, told)
         vectors = self.head.vectors(self.tree, item_UD)
         codes_QL = batch.items.codes_UL[batch.target_Q]
-        told = self._told(batch, item_UD)
         prompt_QTD = self.instruction.prompt(told)
         tokens = [self._token(level, codes_QL[:, level])[:, None] for level in range(self.vocab.levels - 1)]
         x_QTD = self.dropout(torch.cat([prompt_QTD, *tokens], dim=1)) + self._start(batch, memory, told)[:, None]
@@ -103,8 +103,8 @@ class Policy(nn.Module):
             nll = [vocabulary_nll(hidden_QTD[:, level], self.head.own[level], codes_QL[:, level]) for level in range(self.vocab.levels)]
             parts["ntp"] = torch.stack(nll).sum(0)
         if self.adapter is not None:
-            asked_QD, taken_QD = self.adapter(told.scenario_QD + told.trigger_QD), self.adapter(item_UD[batch.target_Q])
-            parts["q2i"] = q2i(asked_QD, taken_QD, batch.items.ids_U[batch.target_Q], self.config.retrieval, together=self.training)
+            taken_QD, id_Q = self.adapter(item_UD[batch.target_Q]), batch.items.ids_U[batch.target_Q]
+            parts["q2i"] = q2i(self._asked(told), taken_QD, id_Q, self.config.retrieval, together=self.training)
         scale = {"ntp": 1.0, "item": self.config.item_loss, "distill": self.config.distill, "q2i": self.config.retrieval.q2i}
         total_Q = torch.stack([scale[name] * part_Q for name, part_Q in parts.items()]).sum(0)
         return LossOut((total_Q * batch.weight_Q).sum(), {name: (part_Q * batch.weight_Q).sum().detach() for name, part_Q in parts.items()})
@@ -193,8 +193,8 @@ class Policy(nn.Module):
 
     def _started(self, batch: Batch, rows: Rows) -> Decoding:
         item_UD = self.items(batch.items, rows["item"])
-        memory = self._memory(batch, rows, item_UD)
         told = self._told(batch, item_UD)
+        memory = self._memory(batch, rows, item_UD, told)
         state_BD, prompt_BTD = self._start(batch, memory, told), self.instruction.prompt(told)
         hidden_BD, states = self.decoder.start(prompt_BTD + state_BD[:, None], memory)
         vectors = self.head.vectors(self.tree, item_UD)
@@ -214,7 +214,12 @@ class Policy(nn.Module):
     def _token(self, level: int, code: Tensor) -> Tensor:
         return self.items.code[level](code) + self.level[level]
 
-    def _memory(self, batch: Batch, rows: Rows, item_UD: Tensor) -> Memory:
+    def _asked(self, told: Told) -> Tensor:
+        """Each query in the space that it shares with items: (Q, D)."""
+        assert self.adapter is not None
+        return self.adapter(told.scenario_QD + told.trigger_QD)
+
+    def _memory(self, batch: Batch, rows: Rows, item_UD: Tensor, told: Told) -> Memory:
         index_BS, real_BS = pad_index(batch.history_offset)
         event_ND = item_UD[batch.item_N] + self.action(batch.action_N) + self.event_scenario(batch.scenario_N)
         if self.event_gap is not None:
@@ -233,7 +238,25 @@ class Policy(nn.Module):
         memory_BSD = self.encoder(self.dropout(self.input_norm(x_BSD)), position_BS, real_BS)
         query_BP, real_BP = pad_index(batch.query_offset)
         position_BP = batch.visible_Q[query_BP] + 1
-        return Memory(memory_BSD, position_BS, query_BP, real_BP, position_BS[:, None] < position_BP[..., None], position_BP)
+        memory = Memory(memory_BSD, position_BS, query_BP, real_BP, position_BS[:, None] < position_BP[..., None], position_BP)
+        if self.config.retrieval.top and len(batch.older_item_O):
+            self._retrieve(batch, item_UD, told, memory)
+        return memory
+
+    def _retrieve(self, batch: Batch, item_UD: Tensor, told: Told, memory: Memory) -> None:
+        """Instruction-guided retrieval: each query also looks at the older events of its user that are most like it, before all others in
+        time. What was fetched, and by which likeness, has no gradient."""
+        assert self.adapter is not None
+        with torch.no_grad():
+            index_BO, real_BO = pad_index(batch.older_offset)
+            like_OD = self.adapter(item_UD)[batch.older_item_O]
+            seen_BP = batch.older_visible_Q[memory.query_BP]
+            seen_BPO = (torch.arange(index_BO.shape[1], device=index_BO.device) < seen_BP[..., None]) & real_BO[:, None]
+            best_BPk, found_BPk = most_like(self._asked(told)[memory.query_BP], like_OD[index_BO], seen_BPO, self.config.retrieval.top)
+            event_OD = item_UD[batch.older_item_O] + self.action(batch.older_action_O) + self.event_scenario(batch.older_scenario_O)
+            event_Bx = index_BO.gather(1, best_BPk.flatten(1))
+            fetched_BxD = self.input_norm(event_OD[event_Bx])
+        memory.append(fetched_BxD, found_BPk)
 
     def _start(self, batch: Batch, memory: Memory, told: Told) -> Tensor:
         """What every decoder token starts from: where the history stands (the memory of the last event that the query sees), and the

@@ -1,7 +1,8 @@
-"""The space that requests and items share: the adapter, and the loss that aligns requests with the items that were taken (paper 2.3.3,
-Eq. 1; Q2I).
+"""The space that requests and items share (paper 2.3.3): the adapter, the loss that aligns requests with the items that were taken (Q2I),
+and the retrieval of what is like a request from its user's older events (IGR).
 
-Legend: Q requests of this process, A requests of all processes, D width.
+Legend: Q requests of this process, A requests of all processes, B segments, P requests a segment, O older events a segment, k places, D
+width.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ class Adapter(nn.Module):
         """(..., D) to (..., D)."""
         x = self.norm(x)
         return F.normalize(x + self.up(F.silu(self.down(x))), dim=-1)
+
+
+def most_like(query_BPD: Tensor, older_BOD: Tensor, seen_BPO: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """IGR: the `top` events of each request's segment that are most like it, among those that it may see: indices (B, P, k) in time order,
+    and which of them there are. k is smaller where no segment has `top` older events. Of equals (an item that was taken again) the later
+    comes first: whoever asks, and in whatever batch, gets the same."""
+    score_BPO = (query_BPD @ older_BOD.transpose(1, 2)).masked_fill(~seen_BPO, -torch.inf)
+    late_first_BPO = score_BPO.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    best_BPk = (older_BOD.shape[1] - 1 - late_first_BPO[..., :top]).sort(dim=-1).values
+    return best_BPk, seen_BPO.gather(2, best_BPk)
 
 
 def q2i(query_QD: Tensor, item_QD: Tensor, id_Q: Tensor, config: RetrievalConfig, together: bool = False) -> Tensor:

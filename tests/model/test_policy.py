@@ -64,8 +64,8 @@ def test_no_query_depends_on_what_it_may_not_see():
             return event_ND
 
     toy.policy.action = Events()
-    memory = toy.policy._memory(batch, rows, item_UD)
     told = toy.policy._told(batch, item_UD)
+    memory = toy.policy._memory(batch, rows, item_UD, told)
     hidden_QTD = toy.policy.decoder(toy.policy.instruction.prompt(told) + toy.policy._start(batch, memory, told)[:, None], memory)
     segment_Q = torch.repeat_interleave(torch.arange(batch.segments), torch.diff(batch.query_offset))
     for query in range(batch.queries):
@@ -170,7 +170,7 @@ def test_distillation_is_the_cross_entropy_to_the_item_softmax_summed_over_each_
     rows = toy.lookup(batch.lookups())
     out = toy.policy.loss(batch, rows)
     item_UD = toy.policy.items(batch.items, rows["item"])
-    memory = toy.policy._memory(batch, rows, item_UD)
+    memory = toy.policy._memory(batch, rows, item_UD, toy.policy._told(batch, item_UD))
     vectors = toy.policy.head.vectors(toy.policy.tree, item_UD)
     path_IL = toy.policy.tree.path_IL
     total = 0.0
