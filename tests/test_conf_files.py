@@ -25,6 +25,7 @@ def composed(*overrides: str) -> Config:
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: str(value))
 def test_every_choice_composes_into_a_valid_configuration(group: str, choice: str) -> None:
     needs = [] if group != "data" or "???" not in (conf_dir() / "data" / f"{choice}.yaml").read_text() else ["data.path=/some/folder"]
+    needs += ["experiment=null"] if choice.startswith("oxygen") else []  # the embedded shop's own values suit a tied head
     needs += ["data.mall.size=large"] if (group, choice) == ("sid", "large") else []  # 8,192 codes need a shop of that size
     config = composed(f"{group}={choice}", *needs)
     assert config.run_dir.startswith("runs/")

@@ -64,6 +64,26 @@ class RetrievalConfig:
 
 
 @dataclass(kw_only=True)
+class MoEConfig:
+    """A mixture of experts in place of each feed-forward part (paper Table 3); an expert has one hidden layer of `model.hidden`.
+
+    experts: experts in each layer; 0: none, a dense feed-forward part
+    active: experts that a token uses
+    balance: how much the bias that evens the load moves in a step; 0 lets it be
+    """
+
+    experts: int = 0
+    active: int = 2
+    balance: float = 0.001
+
+    def __post_init__(self) -> None:
+        need(self.experts >= 0, ".experts", f"must be 0 (none) or more, got {self.experts}")
+        most = self.experts or self.active
+        need(1 <= self.active <= most, ".active", f"must lie between 1 and the {self.experts} experts, got {self.active}")
+        need(self.balance >= 0, ".balance", f"must be 0 or more, got {self.balance}")
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """The policy (paper 2.3.3): encoder over history and profile, decoder over `BOS, instruction, s1..sL`.
 
@@ -104,6 +124,7 @@ class ModelConfig:
     distill: float = 0.0
     instruction: InstructionConfig = field(default_factory=InstructionConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
 
     @property
     def calm(self) -> ModelConfig:

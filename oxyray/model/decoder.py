@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from oxyray.config import ModelConfig
-from oxyray.model.layers import Attention, Dropout, RMSNorm, SwiGLU, Tensor, rotate
+from oxyray.model.layers import Attention, Dropout, RMSNorm, Tensor, rotate
+from oxyray.model.moe import feed_forward
 
 
 @dataclass
@@ -66,7 +67,7 @@ class DecoderLayer(nn.Module):
         self.norm_self, self.norm_cross, self.norm_mlp = RMSNorm(config.width), RMSNorm(config.width), RMSNorm(config.width)
         self.self_attention = Attention(config.width, config.heads, 0.0)
         self.cross_attention = Attention(config.width, config.heads, 0.0)
-        self.mlp = SwiGLU(config.width, config.hidden)
+        self.mlp = feed_forward(config)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x_QTD: Tensor, memory: Memory) -> Tensor:

@@ -32,6 +32,7 @@ from torch import nn
 
 from oxyray.config import OptimConfig
 from oxyray.errors import TrainingError
+from oxyray.model.moe import after_step
 from oxyray.model.tables import TableSpec
 from oxyray.train.dense import Moments, fill_moments, read_dense
 from oxyray.train.sparse import Leaves, ShardedTables
@@ -118,7 +119,7 @@ class TrainEngine:
         leaves.backward()
         self._clock.lap("sparse")
         self.step_count += 1
-        means = {name: value / max(weight, 1e-12) for name, value in losses.items()}
+        means = {name: value / max(weight, 1e-12) for name, value in losses.items()} | after_step(self.policy)
         return StepStats(self.step_count, means.pop("total"), means, weight, grad_norm, self.optim.lr * scale, self._clock.taken())
 
     def lookup(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
