@@ -43,7 +43,7 @@ _SCORES_PER_CALL = 1 << 25
 
 
 class PolicyRecommender:
-    """The policy behind the generator, asked by scenario, since each scenario has a pool of its own."""
+    """The policy behind the generator: each request within the pool of its scenario."""
 
     def __init__(
         self, generator: Generator, collate: Collator, prepared: Prepared, history: int, device: str = "cpu", name: str = "policy"
@@ -61,17 +61,10 @@ class PolicyRecommender:
         return cls(generator, inputs.collator(policy.config), inputs.prepared, policy.config.history, device, name)
 
     def recommend(self, requests: Requests, depth: int) -> Lists:
-        item_RK = np.full((len(requests), depth), -1, dtype=np.int64)
-        score_RK = np.full((len(requests), depth), -np.inf, dtype=np.float32)
-        for scenario in np.unique(requests.scenario_R):
-            rows = np.flatnonzero(requests.scenario_R == scenario)
-            asked_rows = requests.take(rows)
-            segments = request_segments(requests.time, asked_rows.row_R, self.history)
-            batch = self.collate(requests.time, segments, targets=False).to(self.device)
-            name = self.prepared.meta.scenarios[scenario]
-            found = self.generator.generate(batch, depth, self.generator.pool(name, self.prepared.pools[name]))
-            item_RK[rows], score_RK[rows] = found.item_BR, found.score_BR
-        return Lists(item_RK, score_RK)
+        segments = request_segments(requests.time, requests.row_R, self.history)
+        batch = self.collate(requests.time, segments, targets=False).to(self.device)
+        found = self.generator.generate(batch, depth, self.generator.pools_of(requests.scenario_R, self.prepared.pools))
+        return Lists(found.item_BR, found.score_BR)
 
 
 def evaluate(config: Config, run: Run) -> None:

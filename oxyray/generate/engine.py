@@ -9,7 +9,7 @@ Legend: B requests, K beams, G samples, R items a request, I items of the catalo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -118,6 +118,11 @@ class Generator:
         if name not in serving.pools:
             serving.pools[name] = Pool.of_items(serving.policy.tree, torch.from_numpy(allowed_I), f"the pool of {name}")
         return serving.pools[name]
+
+    def pools_of(self, scenario_B: np.ndarray, allowed: Mapping[str, np.ndarray]) -> list[Pool | None]:
+        """The pool of each request's scenario, an index into the names of `allowed` (in their order)."""
+        named = [self.pool(name, allowed_I) for name, allowed_I in allowed.items()]
+        return [named[scenario] for scenario in scenario_B.tolist()]
 
     def listed(self, item_N: np.ndarray) -> Pool:
         """An ad-hoc pool: these items. Raises GenerationError when none of them is in the catalogue."""

@@ -29,10 +29,9 @@ TOP = 10
 
 @dataclass(frozen=True)
 class _Piece:
-    """Requests of one scenario: the batch, and their targets as catalogue indices."""
+    """Requests that are asked together: the batch, and their targets as catalogue indices."""
 
     batch: Batch
-    scenario: str
     target_R: np.ndarray
 
 
@@ -77,8 +76,8 @@ class Validation:
         generator.lookup = lambda ids: rows
         torch.manual_seed(self.config.train.seed)
         loss = generator.policy.loss(batch, rows).total
-        pool = generator.pool(piece.scenario, self.inputs.prepared.pools[piece.scenario])
-        found_RK = generator.generate(batch, TOP, pool).item_BR
+        pools = generator.pools_of(piece.batch.scenario_Q.numpy(), self.inputs.prepared.pools)
+        found_RK = generator.generate(batch, TOP, pools).item_BR
         hit_RK = found_RK == piece.target_R[:, None]
         gain = (hit_RK / np.log2(np.arange(TOP) + 2)).sum()
         return torch.tensor([float(loss), batch.weight(), float(hit_RK.sum()), float(gain), float(hit_RK[:, 0].sum())], dtype=torch.float64)
@@ -91,17 +90,14 @@ class Validation:
 
 
 def _pieces(config: Config, inputs: Inputs, limit: int) -> list[_Piece]:
-    """The sample, in batches of one scenario each."""
-    prepared, collate = inputs.prepared, inputs.collator(config.model, config.train.action_weights)
+    """The sample, in batches."""
+    collate, size = inputs.collator(config.model, config.train.action_weights), config.generate.requests_per_batch
     pieces = []
     for time, rows in _sample(inputs, limit, config.train.seed):
-        for scenario in np.unique(time.scenario_E[rows]):
-            of_scenario = rows[time.scenario_E[rows] == scenario]
-            for first in range(0, len(of_scenario), config.generate.requests_per_batch):
-                part = of_scenario[first : first + config.generate.requests_per_batch]
-                drawn_N = collate.draw(config.train.seed, first)
-                batch = collate(time, request_segments(time, part, config.model.history), negative_N=drawn_N)
-                pieces.append(_Piece(batch, prepared.meta.scenarios[scenario], time.item_E[part]))
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            batch = collate(time, request_segments(time, part, config.model.history), negative_N=collate.draw(config.train.seed, first))
+            pieces.append(_Piece(batch, time.item_E[part]))
     return pieces
 
 
