@@ -37,14 +37,16 @@ StageFunction = Callable[[Config, Run], None]
 class Stage:
     """`work` is the stage function or its `module:name`.
 
-    `beside` are folders that it writes besides its own. `settings` are the configuration keys that decide the result, less those in
-    `speed`. It needs the stages in `reads`, and uses those in `uses` where they have been made.
+    `form` rises when the stage comes to write something else from the same settings. `beside` are folders that it writes besides its own.
+    `settings` are the configuration keys that decide the result, less those in `speed`. It needs the stages in `reads`, and uses those in
+    `uses` where they have been made.
     """
 
     name: str
     about: str
     work: str | StageFunction
     folder: str
+    form: int = 1
     beside: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
@@ -90,6 +92,7 @@ STAGES: tuple[Stage, ...] = (
         about="give every item its semantic ID",
         work="oxyray.sid.stage:sid",
         folder="sid",
+        form=2,
         reads=("prepare",),
         settings=("sid",),
         speed=("sid.batch_items", "sid.workers", "sid.cache_dir"),
@@ -108,6 +111,7 @@ STAGES: tuple[Stage, ...] = (
         about="train the ranker that judges what the policy generates",
         work="oxyray.train.rank:rank",
         folder="rank",
+        form=2,
         reads=("prepare", "sid"),
         settings=("rank",),
         speed=_on_workers("rank"),
@@ -208,6 +212,8 @@ def why_stale(stage: Stage, config: Config, run: Run, *, check_files: bool = Tru
     stamp = _stamp(stage, run)
     if stamp is None or not run.path(stage.folder).exists():
         return "not made yet"
+    if stamp.get("form", 1) != stage.form:
+        return "made by another version of OxyRay"
     changed = _differences(_deciding(stage, stamp["settings"]), _settings(stage, config))
     if changed:
         return f"made with other settings: {changed[0]}" + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
@@ -229,6 +235,7 @@ def _run(stage: Stage, config: Config, run: Run, stages: Sequence[Stage], counte
     run.write_versions()
     stamp = {
         "stage": stage.name,
+        "form": stage.form,
         "settings": _settings(stage, config),
         "inputs": {name: _made(name, run) for name in stage.reads + stage.uses},
         "files": _files(stage, config),
@@ -292,12 +299,13 @@ def _settings(stage: Stage, config: Config) -> dict[str, Any]:
 
 
 def _deciding(stage: Stage, flat: dict[str, Any]) -> dict[str, Any]:
-    """A stamp is read through this too: a key that it holds may have been found to change speed alone since."""
+    """A stamp is read through this too: a key that it holds may have been found to change speed alone since. Micro-batches do more than
+    that where requests are compared with the others of theirs (Q2I)."""
+    speed = [name for name in stage.speed if name != "train.micro_batches" or not flat.get("model.retrieval.q2i")]
     return {
         key: value
         for key, value in flat.items()
-        if any(key == s or key.startswith(s + ".") for s in stage.settings)
-        and not any(key == s or key.startswith(s + ".") for s in stage.speed)
+        if any(key == s or key.startswith(s + ".") for s in stage.settings) and not any(key == s or key.startswith(s + ".") for s in speed)
     }
 
 

@@ -12,12 +12,13 @@ import torch
 from oxyray.config import ModelConfig
 from oxyray.data.prepared import Prepared
 from oxyray.data.requests import request_segments, timeline
-from oxyray.errors import DataError
+from oxyray.errors import CatalogueError, DataError
+from oxyray.files import read_json
 from oxyray.generate.engine import Generator
 from oxyray.model.inputs import Inputs
 from oxyray.model.saved import model_folder, read_model
 from oxyray.run import Run
-from oxyray.sid.encoder import TextEncoder, encoder_folder
+from oxyray.sid.encoder import TextEncoder, encoder_folder, encoder_identity
 
 _SHOWN_HISTORY = 8
 _ASKED = -1  # the number of the request that is asked; those of the log start at 0
@@ -66,9 +67,11 @@ def _line(place: str, shown: Shown) -> str:
 class Recommender:
     """A trained run, ready to answer. Loading reads the data, the catalogue and the exported model; answering needs torch alone."""
 
-    def __init__(self, inputs: Inputs, generator: Generator, config: ModelConfig, encoder: str = "minilm") -> None:
+    def __init__(
+        self, inputs: Inputs, generator: Generator, config: ModelConfig, encoder: str = "minilm", encoder_made: str | None = None
+    ) -> None:
         self.inputs, self.generator, self._model = inputs, generator, config
-        self._encoder_name = encoder
+        self._encoder_name, self._encoder_identity = encoder, encoder_made
         self._encoder: TextEncoder | None = None
         self.prepared: Prepared = inputs.prepared
         self._beams = generator.beams
@@ -86,7 +89,9 @@ class Recommender:
         generate = config.generate
         beams = min(generate.beams, inputs.catalog.index.leaves)
         generator = Generator(policy, tables.lookup, inputs.catalog.index, inputs.prepared.train_counts_I(), beams, generate.normalise)
-        return cls(inputs, generator, policy.config, config.sid.encoder)
+        quality = place.path("sid", "quality.json")
+        made_by = read_json(quality).get("encoder", {}).get("identity") if quality.exists() else None
+        return cls(inputs, generator, policy.config, config.sid.encoder, made_by)
 
     def recommend(
         self,
@@ -137,9 +142,16 @@ class Recommender:
 
     def _read(self, query: str) -> torch.Tensor:
         """The query's text vector: (1, F)."""
-        if self.generator.policy.instruction.no_text is None:
-            raise DataError("this model reads no queries: its shop's events have none, or model.instruction.text=false")
-        self._encoder = self._encoder or TextEncoder(encoder_folder(self._encoder_name))
+        policy = self.generator.policy
+        if policy.instruction.no_text is None or (policy.instruction.carry is None and not policy.config.retrieval.top):
+            raise DataError("this model reads no queries: its shop's events have none, or model.instruction leaves them out")
+        if self._encoder is None:
+            folder = encoder_folder(self._encoder_name)
+            if self._encoder_identity not in (None, encoder_identity(folder)):
+                raise CatalogueError(
+                    f"{folder} is not the encoder that read the shop's queries: bring that back, or run `oxyray sid` again"
+                )
+            self._encoder = TextEncoder(folder)
         return torch.from_numpy(self._encoder.encode([query]))
 
     def _past(self, user: int, at: int | None) -> dict[str, np.ndarray]:

@@ -125,5 +125,5 @@ def test_a_model_of_another_catalogue_is_refused(tmp_path):
 
 
 def test_a_query_to_a_model_that_reads_none_is_an_error(folder):
-    with pytest.raises(DataError, match=r"reads no queries: its shop's events have none"):
+    with pytest.raises(DataError, match=r"reads no queries: its shop's events have none, or model.instruction leaves them out"):
         Recommender.load(folder).recommend("u03", "home", query="red shoes")

@@ -91,7 +91,8 @@ class AlignedPolicy(nn.Module):
             gap_BGL = (logprob_BJL[:, :-1] - lesson.behaviour_BGL).abs()
             parts["drift"] = gap_BGL[real_BG].mean() * counts if bool(real_BG.any()) else total.new_zeros(())
         if lesson.supervised is not None and self.supervised_rate:
-            supervised = self.policy.loss(lesson.supervised, more)
+            # A piece is compared with itself, so that what is learned does not depend on how many learners share the pieces.
+            supervised = self.policy.loss(lesson.supervised, more, together=False)
             scale = counts / max(lesson.supervised.weight(), 1e-12)
             total = total + self.supervised_rate * scale * supervised.total
             parts |= {f"supervised/{name}": value * scale for name, value in supervised.parts.items()}

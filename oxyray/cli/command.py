@@ -21,7 +21,7 @@ from oxyray.pipeline import STAGES
 from oxyray.run import Run
 
 SHORT = {name: f"recommend.{name}" for name in ("user", "scenario", "trigger", "query", "k")}
-COMMANDS = (*(stage.name for stage in STAGES), "run", "recommend", "doctor")
+COMMANDS = (*(stage.name for stage in STAGES), "run", "recommend", "ablate", "doctor")
 
 
 @dataclass(kw_only=True)
@@ -107,6 +107,8 @@ def _carry_out(command: Command) -> int:
         return _doctor(command)
     elif command.name == "recommend":
         _recommend(command)
+    elif command.name == "ablate":
+        return _ablate(command)
     else:
         return _stage(command)
     return 0
@@ -152,6 +154,17 @@ def _recommend(command: Command) -> None:
 
     ready = Recommender.load(run.folder)
     print(ready.recommend(wanted.user, scenario=wanted.scenario, trigger=wanted.trigger, k=wanted.k, query=wanted.query))
+
+
+def _ablate(command: Command) -> int:
+    from oxyray.cli.ablate import TABLES, ablate
+
+    table = command.overrides.pop(0) if command.overrides and "=" not in command.overrides[0] else ""
+    if table not in TABLES:
+        raise ConfigError(
+            f"ablate: expected a table first, one of {', '.join(TABLES)}: oxyray ablate position" + (f"; got {table}" if table else "")
+        )
+    return ablate(table, command.overrides, command.config_dir, command.dry_run)
 
 
 def _doctor(command: Command) -> int:

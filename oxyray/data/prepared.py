@@ -144,11 +144,11 @@ class Prepared:
         return self._table(self._part(part), ["query"])["query"]
 
     def user_events(self, user: int) -> dict[str, np.ndarray]:
-        """All events of one user, in time order, whatever their split."""
+        """All events of one user, in time order, whatever their split; without `query_row`."""
         if not 0 <= user < self.meta.users:
             raise DataError(f"user index {user} is out of range: {self.folder} has {self.meta.users} users")
         part = int(np.searchsorted(self.meta.part_users, user, side="right")) - 1
-        return self._columns(self._table(self._part(part), filters=pc.field("user") == user))
+        return self._columns(self._table(self._part(part), filters=pc.field("user") == user), numbered=False)
 
     @cached_property
     def _train_counts_I(self) -> np.ndarray:
@@ -180,12 +180,12 @@ class Prepared:
             raise RunError(f"{self.folder} has parts 0..{self.parts - 1}, not {part}")
         return f"events/part-{part:05d}.parquet"
 
-    def _columns(self, table: pa.Table) -> dict[str, np.ndarray]:
+    def _columns(self, table: pa.Table, numbered: bool = True) -> dict[str, np.ndarray]:
         columns = {}
         for name in table.column_names:
             column = table[name].fill_null(0) if name == "quantity" else table[name]
             columns[name] = column.to_numpy()
-        if self.query_texts is not None and "query" in columns:
+        if numbered and self.query_texts is not None and "query" in columns:
             row = pc.index_in(table["query"], value_set=self.query_texts, skip_nulls=True)
             columns["query_row"] = row.fill_null(-1).to_numpy().astype(np.int64)
         return columns

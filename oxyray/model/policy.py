@@ -80,9 +80,9 @@ class Policy(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
         nn.init.eye_(self.state.weight)
 
-    def loss(self, batch: Batch, rows: Rows) -> LossOut:
+    def loss(self, batch: Batch, rows: Rows, together: bool = True) -> LossOut:
         """Weighted next-token loss of every query's target, plus Q2I (paper Eq. 3) and the item-level softmax: sums over queries. In
-        training Q2I compares with the items of all processes, so all must call."""
+        training, with `together`, Q2I compares with the items of all processes, so all must call."""
         item_UD = self.items(batch.items, rows["item"])
         told = self._told(batch, item_UD)
         memory = self._memory(batch, rows, item_UD, told)
@@ -104,7 +104,7 @@ class Policy(nn.Module):
             parts["ntp"] = torch.stack(nll).sum(0)
         if self.adapter is not None:
             taken_QD, id_Q = self.adapter(item_UD[batch.target_Q]), batch.items.ids_U[batch.target_Q]
-            parts["q2i"] = q2i(self._asked(told), taken_QD, id_Q, self.config.retrieval, together=self.training)
+            parts["q2i"] = q2i(self._asked(told), taken_QD, id_Q, batch.weight_Q > 0, self.config.retrieval, self.training and together)
         scale = {"ntp": 1.0, "item": self.config.item_loss, "distill": self.config.distill, "q2i": self.config.retrieval.q2i}
         total_Q = torch.stack([scale[name] * part_Q for name, part_Q in parts.items()]).sum(0)
         return LossOut((total_Q * batch.weight_Q).sum(), {name: (part_Q * batch.weight_Q).sum().detach() for name, part_Q in parts.items()})
@@ -239,7 +239,7 @@ class Policy(nn.Module):
         query_BP, real_BP = pad_index(batch.query_offset)
         position_BP = batch.visible_Q[query_BP] + 1
         memory = Memory(memory_BSD, position_BS, query_BP, real_BP, position_BS[:, None] < position_BP[..., None], position_BP)
-        if self.config.retrieval.top and len(batch.older_item_O):
+        if self.config.retrieval.top:  # also where nobody has older events: under ZeRO-3 every process makes the same calls
             self._retrieve(batch, item_UD, told, memory)
         return memory
 
@@ -249,7 +249,8 @@ class Policy(nn.Module):
         assert self.adapter is not None
         with torch.no_grad():
             index_BO, real_BO = pad_index(batch.older_offset)
-            like_OD = self.adapter(item_UD)[batch.older_item_O]
+            used_V, place_O = torch.unique(batch.older_item_O, return_inverse=True)
+            like_OD = self.adapter(item_UD[used_V])[place_O]
             seen_BP = batch.older_visible_Q[memory.query_BP]
             seen_BPO = (torch.arange(index_BO.shape[1], device=index_BO.device) < seen_BP[..., None]) & real_BO[:, None]
             best_BPk, found_BPk = most_like(self._asked(told)[memory.query_BP], like_OD[index_BO], seen_BPO, self.config.retrieval.top)

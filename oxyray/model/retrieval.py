@@ -36,41 +36,55 @@ def most_like(query_BPD: Tensor, older_BOD: Tensor, seen_BPO: Tensor, top: int) 
     """IGR: the `top` events of each request's segment that are most like it, among those that it may see: indices (B, P, k) in time order,
     and which of them there are. k is smaller where no segment has `top` older events. Of equals (an item that was taken again) the later
     comes first: whoever asks, and in whatever batch, gets the same."""
-    score_BPO = (query_BPD @ older_BOD.transpose(1, 2)).masked_fill(~seen_BPO, -torch.inf)
+    with torch.autocast(query_BPD.device.type, enabled=False):
+        score_BPO = (_precise(query_BPD) @ _precise(older_BOD).transpose(1, 2)).masked_fill(~seen_BPO, -torch.inf)
     late_first_BPO = score_BPO.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     best_BPk = (older_BOD.shape[1] - 1 - late_first_BPO[..., :top]).sort(dim=-1).values
     return best_BPk, seen_BPO.gather(2, best_BPk)
 
 
-def q2i(query_QD: Tensor, item_QD: Tensor, id_Q: Tensor, config: RetrievalConfig, together: bool = False) -> Tensor:
-    """The query-to-item loss of each request: (Q,). `item_QD` are the items taken, `id_Q` their ids, both sides of length 1.
+def q2i(query_QD: Tensor, item_QD: Tensor, id_Q: Tensor, live_Q: Tensor, config: RetrievalConfig, together: bool = False) -> Tensor:
+    """The query-to-item loss of each request: (Q,). `item_QD` are the items taken, `id_Q` their ids, both sides of length 1. Requests that
+    are not `live_Q` (of weight 0) are nobody's negatives and in no statistic.
 
     InfoNCE against the batch's other items (the same item taken again is no negative), plus, for both sides, what keeps every dimension in
     use: a hinge on its standard deviation, below 1/√D, and the squared covariances between dimensions over D. With `together` the batch is
     that of all processes, with gradient; all must call.
     """
-    query_AD, item_AD, id_A, first = query_QD, item_QD, id_Q, 0
-    if together and dist.is_initialized() and dist.get_world_size() > 1:
-        both_AD, count_W = gathered(torch.cat([query_QD, item_QD], dim=-1))
-        query_AD, item_AD = both_AD.chunk(2, dim=-1)
-        id_A, first = gathered(id_Q)[0], sum(count_W[: dist.get_rank()])
-    logit_QA = query_QD @ item_AD.T / config.temperature
-    own_Q = first + torch.arange(len(id_Q), device=id_Q.device)
-    again_QA = id_Q[:, None] == id_A[None]
-    again_QA[torch.arange(len(id_Q), device=id_Q.device), own_Q] = False
-    nll_Q = F.cross_entropy(logit_QA.masked_fill(again_QA, -torch.inf), own_Q, reduction="none")
-    narrow, alike = _narrow(query_AD) + _narrow(item_AD), _alike(query_AD) + _alike(item_AD)
-    return nll_Q + config.variance * narrow + config.decorrelation * alike
+    with torch.autocast(query_QD.device.type, enabled=False):
+        query_QD, item_QD = _precise(query_QD), _precise(item_QD)
+        query_AD, item_AD, id_A, first = query_QD, item_QD, torch.where(live_Q, id_Q, _DEAD), 0
+        if together and dist.is_initialized() and dist.get_world_size() > 1:
+            both_AD, count_W = gathered(torch.cat([query_QD, item_QD], dim=-1))
+            query_AD, item_AD = both_AD.chunk(2, dim=-1)
+            id_A, first = gathered(id_A)[0], sum(count_W[: dist.get_rank()])
+        logit_QA = query_QD @ item_AD.T / config.temperature
+        own_Q = first + torch.arange(len(id_Q), device=id_Q.device)
+        left_out_QA = (id_Q[:, None] == id_A[None]) | (id_A == _DEAD)
+        left_out_QA[torch.arange(len(id_Q), device=id_Q.device), own_Q] = False
+        nll_Q = F.cross_entropy(logit_QA.masked_fill(left_out_QA, -torch.inf), own_Q, reduction="none")
+        live_A = id_A != _DEAD
+        held = [config.variance * _narrow(x_AD[live_A]) + config.decorrelation * _alike(x_AD[live_A]) for x_AD in (query_AD, item_AD)]
+        return nll_Q + held[0] + held[1]
+
+
+_DEAD = -1
+
+
+def _precise(x: Tensor) -> Tensor:
+    """At least float32: in bfloat16 a few hundred likenesses take a hundred values."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _narrow(x_AD: Tensor) -> Tensor:
     """By how much dimensions vary less than those of evenly spread vectors of length 1, summed over dimensions."""
-    return F.relu(x_AD.shape[1] ** -0.5 - (x_AD.var(0, correction=0) + 1e-12).sqrt()).sum()
+    spread_D = (x_AD.square().sum(0) / max(len(x_AD), 1) - (x_AD.sum(0) / max(len(x_AD), 1)).square()).clamp(min=0)
+    return F.relu(x_AD.shape[1] ** -0.5 - (spread_D + 1e-12).sqrt()).sum()
 
 
 def _alike(x_AD: Tensor) -> Tensor:
-    x_AD = x_AD - x_AD.mean(0)
-    covariance_DD = x_AD.T @ x_AD / len(x_AD)
+    x_AD = x_AD - x_AD.sum(0) / max(len(x_AD), 1)
+    covariance_DD = x_AD.T @ x_AD / max(len(x_AD), 1)
     return (covariance_DD.square().sum() - covariance_DD.diagonal().square().sum()) / x_AD.shape[1]
 
 

@@ -31,7 +31,7 @@ class Log:
 
     @classmethod
     def of(cls, config: Config, run: Run, prepared: Prepared) -> Log:
-        exposures = exposures_file(config, run) if prepared.meta.split == "time" else None
+        exposures = exposures_file(config, run, prepared)
         queries = QueryVectors.load(run) if config.rank.model.text_input else None
         return cls(prepared, exposures, config.rank.negatives, config.rank.seed, queries)
 

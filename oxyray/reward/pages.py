@@ -195,8 +195,8 @@ def _requests(events: dict[str, Array], user_R: Array, request_R: Array) -> tupl
 
 
 def _numbered(query: pa.ChunkedArray | pa.Array) -> tuple[tuple[str, ...], Array]:
-    """The distinct queries, and for each row which one it has (-1: none)."""
-    queries, query_R = distinct(query)
+    """The distinct queries, and for each row which one it has (-1: none, as is an empty one)."""
+    queries, query_R = distinct(pc.if_else(pc.equal(query, ""), None, query))
     return tuple(queries), np.where(query_R < len(queries), query_R, -1)
 
 

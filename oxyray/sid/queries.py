@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from oxyray.config import Config
 from oxyray.data.prepared import Prepared
-from oxyray.errors import RunError
+from oxyray.errors import DataError, RunError
 from oxyray.files import whole
 from oxyray.run import Run
 from oxyray.sid.encoder import encode
@@ -24,20 +24,27 @@ from oxyray.sid.encoder import encode
 Array = np.ndarray
 
 
-def exposures_file(config: Config, run: Run) -> Path | None:
-    """The shop's log of exposures, `exposures.parquet` beside its other tables; None where it has none."""
+def exposures_file(config: Config, run: Run, prepared: Prepared) -> Path | None:
+    """The shop's log of exposures, `exposures.parquet` beside its other tables; None where it has none, or one that cannot be used: pages
+    are split by time."""
+    if prepared.meta.split != "time":
+        return None
     folder = run.path("source") if config.data.source == "mall" else Path(config.data.path or "").expanduser()
     file = folder / "exposures.parquet"
     return file if file.is_file() else None
 
 
 def distinct_queries(prepared: Prepared, exposures: Path | None) -> pa.Array:
-    """Every query text of the events and of the exposures, once, sorted. Empty texts count as none."""
+    """Every query text of the events and of the exposures, once, sorted. Empty texts count as none. Raises DataError where the exposures
+    cannot be read."""
     texts = pa.array([], pa.large_string())
     for part in range(prepared.parts):
         texts = _joined(texts, prepared.query_column(part))
-    if exposures is not None and "query" in pq.read_schema(exposures).names:
-        texts = _joined(texts, pq.read_table(exposures, columns=["query"])["query"].cast(pa.large_string()))
+    try:
+        if exposures is not None and "query" in pq.read_schema(exposures).names:
+            texts = _joined(texts, pq.read_table(exposures, columns=["query"])["query"].cast(pa.large_string()))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{exposures}: not a readable log of exposures ({str(error).splitlines()[0][:200]})") from error
     return texts.take(pc.array_sort_indices(texts))
 
 
@@ -73,7 +80,7 @@ class QueryVectors:
             table = pa.table({"query": self.text_W})
             with pa.ipc.new_file(str(part / "queries.arrow"), table.schema) as file:
                 file.write_table(table)
-            np.save(part / "vectors.npy", self.vector_WF.astype(np.float32))
+            np.save(part / "vectors.npy", self.vector_WF.astype(np.float32, copy=False))
 
     def of(self, texts: tuple[str, ...]) -> Array:
         """(N, F). Raises RunError on a text that was not encoded."""

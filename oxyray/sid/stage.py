@@ -40,7 +40,7 @@ def sid(config: Config, run: Run) -> None:
         )
     seconds, clock = {}, time.monotonic()
     text_IF = encode(item_texts(items), settings, config.cluster)
-    asked_W = distinct_queries(prepared, exposures_file(config, run))
+    asked_W = distinct_queries(prepared, exposures_file(config, run, prepared))
     queries = QueryVectors.encoded(asked_W, config) if len(asked_W) else None
     seconds["encode"], clock = time.monotonic() - clock, time.monotonic()
     behaviour_ID = None

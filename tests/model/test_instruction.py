@@ -137,7 +137,8 @@ def test_q2i_is_the_papers_formula_with_the_same_item_again_left_out() -> None:
     for side in (query, item):
         side *= torch.tensor([1.0, 1.0, 0.1, 1.0, 1.0])  # one dimension hardly used: the hinge is active
         side.requires_grad_()
-    found, want = q2i(query, item, ids, CONFIG).mean(), slow_q2i(query, item, ids, CONFIG)
+    live = torch.ones(len(ids), dtype=torch.bool)
+    found, want = q2i(query, item, ids, live, CONFIG).mean(), slow_q2i(query, item, ids, CONFIG)
     assert found.item() == pytest.approx(want.item(), rel=1e-9)
     for mine, slow in zip(torch.autograd.grad(found, (query, item)), torch.autograd.grad(want, (query, item)), strict=True):
         assert torch.allclose(mine, slow, atol=1e-9)
@@ -147,7 +148,7 @@ def q2i_of_a_share(first: tuple[int, ...], query: torch.Tensor, item: torch.Tens
     rank = torch.distributed.get_rank()
     mine = slice(first[rank], first[rank + 1])
     query, item = query[mine].clone().requires_grad_(), item[mine].clone().requires_grad_()
-    loss = q2i(query, item, ids[mine], CONFIG, together=True).sum()
+    loss = q2i(query, item, ids[mine], torch.ones_like(ids[mine], dtype=torch.bool), CONFIG, together=True).sum()
     return loss.detach(), *torch.autograd.grad(loss, (query, item))
 
 
@@ -155,11 +156,19 @@ def test_two_processes_with_unequal_shares_compute_what_one_computes() -> None:
     query, item, ids = sides(11, 4, seed=2)
     shares = run(2, q2i_of_a_share, (0, 7, 11), query, item, ids)
     query.requires_grad_(), item.requires_grad_()
-    whole = q2i(query, item, ids, CONFIG).sum()
+    whole = q2i(query, item, ids, torch.ones_like(ids, dtype=torch.bool), CONFIG).sum()
     want = torch.autograd.grad(whole, (query, item))
     assert sum(float(loss) for loss, _, _ in shares) == pytest.approx(whole.item(), rel=1e-9)
     for side in (0, 1):
         assert torch.allclose(torch.cat([share[1 + side] for share in shares]), want[side], atol=1e-10)
+
+
+def test_requests_of_no_weight_change_nothing_for_the_others() -> None:
+    query, item, ids = sides(9, 4, seed=5)
+    live = torch.tensor([True] * 6 + [False] * 3)
+    among = q2i(query, item, ids, live, CONFIG)[:6]
+    assert torch.allclose(among, q2i(query[:6], item[:6], ids[:6], live[:6], CONFIG), atol=1e-12)
+    assert q2i(query, item, ids, torch.zeros_like(live), CONFIG).isfinite().all(), "a micro-batch that counts for nothing"
 
 
 def test_q2i_is_a_part_of_the_policys_loss_and_draws_requests_to_their_items() -> None:

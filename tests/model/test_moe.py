@@ -5,21 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 from oxyray.cli.compose import check, compose_config
-from oxyray.config import MoEConfig, OptimConfig
+from oxyray.config import MoEConfig
 from oxyray.errors import ConfigError
 from oxyray.model.items import Vocab
 from oxyray.model.moe import MixtureOfExperts, grouped, parameters
 from oxyray.model.policy import Policy
 from oxyray.sid.prefix import PrefixIndex
-from oxyray.train.engine import TrainEngine
 from tests.model.toys import Toy
-from tests.train import test_engine
-from tests.train.train_workers import run
 
 # Paper, Table 3: billions of parameters, total and active.
 SIZES = {"0.1b": (0.1, 0.1), "0.4b": (0.4, 0.3), "0.7b": (0.7, 0.4), "1.5b": (1.5, 0.4), "3.0b": (3.0, 0.6)}
@@ -100,35 +96,6 @@ def test_decoding_step_by_step_equals_the_training_pass(position: str) -> None:
     rows = toy.lookup(batch.lookups())
     paths = toy.policy.tree.path_IL[batch.items.ids_U[batch.target_Q]][:, None]
     assert -toy.policy.logprob(batch, rows, paths).sum().item() == pytest.approx(toy.policy.loss(batch, rows).total.item(), rel=1e-12)
-
-
-def train_with_experts(stage: int) -> dict[str, torch.Tensor]:
-    toy = Toy("tied", moe=MoEConfig(experts=4, active=1, balance=0.01))
-    toy.policy = toy.policy.float()
-    text_IF = toy.features.text_IF
-    assert text_IF is not None
-    toy.collate.features = type(toy.features)(toy.features.codes_IL, toy.features.side_IC, text_IF.float())
-    optim = OptimConfig(lr=0.002, table_lr=0.02, zero_stage=stage)  # type: ignore[arg-type]
-    engine = TrainEngine(toy.policy, test_engine.REAL_SPECS, optim, total_steps=4, seed=5, deepspeed=test_engine.SPLIT_ALL)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    stats = [engine.step([toy.request_batch(np.arange(step, len(toy.timeline), 4)[rank::world])]) for step in range(4)]
-    bias = {name: value.clone() for name, value in toy.policy.named_buffers() if name.endswith("bias_E")}
-    found = {"loss": torch.tensor([s.loss for s in stats]), "peak": torch.tensor([s.parts["expert_peak"] for s in stats])}
-    weights = {f"weight/{name}": value for name, value in engine.gather_dense().items()}
-    engine.close()
-    return found | bias | weights
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_processes_balance_together_and_learn_what_one_learns(stage: int) -> None:
-    alone, ranks = run(1, train_with_experts, stage)[0], run(2, train_with_experts, stage)
-    for name, value in alone.items():
-        assert torch.allclose(ranks[0][name].float(), value.float(), atol=1e-5), name
-    for name, value in ranks[1].items():
-        assert torch.equal(value, ranks[0][name]), name
-    assert alone["peak"].min() > 1.0
-    assert any(name.endswith("bias_E") and value.abs().sum() > 0 for name, value in alone.items() if name.startswith("weight/"))
 
 
 @pytest.mark.parametrize("size", SIZES)

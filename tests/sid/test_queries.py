@@ -11,12 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from oxyray.data.prepare import prepare
-from oxyray.errors import RunError
+from oxyray.data.prepared import Prepared
+from oxyray.errors import DataError, RunError
 from oxyray.model.inputs import Inputs
+from oxyray.reward.log import Log
+from oxyray.reward.pages import _numbered
 from oxyray.run import Run
 from oxyray.sid import stage
 from oxyray.sid.encoder import encode
-from oxyray.sid.queries import QueryVectors
+from oxyray.sid.queries import QueryVectors, distinct_queries, exposures_file
 from tests.sid.test_stage import made
 
 TYPED = ["red lipstick", None, "tea pott", "", "red lipstick"]
@@ -32,22 +35,23 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Run:
     pq.write_table(pa.table({"query": ["garden hose", "red lipstick", None]}), folder / "shop" / "exposures.parquet")
     prepare(config, run)
     stage.sid(config, run)
+    run.write_config(config)
     return run
 
 
 def test_every_text_is_encoded_once_and_events_say_which_they_have(shop: Run) -> None:
     queries = QueryVectors.load(shop)
     assert queries is not None
-    assert queries.text_W.to_pylist() == ["garden hose", "red lipstick", "tea pott"]
+    assert queries.text_W.to_pylist() == ["red lipstick", "tea pott"]
     inputs = Inputs.load(shop)
     assert inputs.vocab.query == queries.vector_WF.shape[1] == 384
     seen = set()
     for part in range(inputs.prepared.parts):
         events = inputs.prepared.events(part)
         for text, row in zip(events["query"], events["query_row"], strict=True):
-            assert row == (-1 if not text else ["garden hose", "red lipstick", "tea pott"].index(text))
+            assert row == (-1 if not text else ["red lipstick", "tea pott"].index(text))
             seen.add(int(row))
-    assert seen == {-1, 1, 2}
+    assert seen == {-1, 0, 1}
     user = inputs.prepared.user_events(3)
     assert len(user["query_row"]) == len(user["item"])
 
@@ -56,10 +60,41 @@ def test_vectors_are_the_text_encoders_and_an_unknown_text_is_an_error(shop: Run
     queries = QueryVectors.load(shop)
     assert queries is not None
     config, _ = made(tmp_path, tmp_path / "vectors")
-    want = encode(["tea pott", "garden hose"], replace(config.sid, cache_dir=str(tmp_path / "again")))
-    assert np.allclose(queries.of(("tea pott", "garden hose")), want, atol=1e-5)
+    want = encode(["tea pott", "red lipstick"], replace(config.sid, cache_dir=str(tmp_path / "again")))
+    assert np.allclose(queries.of(("tea pott", "red lipstick")), want, atol=1e-5)
     with pytest.raises(RunError, match="queries that RUN/sid/queries does not cover: run `oxyray sid force=true`"):
         queries.of(("nobody typed this",))
+
+
+def test_pages_of_the_log_find_every_query_and_take_an_empty_one_for_none(shop: Run) -> None:
+    inputs = Inputs.load(shop)
+    pages = Log.of(shop.config(), shop, inputs.prepared).pages(0)
+    assert sorted(pages.queries) == ["red lipstick", "tea pott"]
+    assert pages.query_WF is not None
+    assert len(pages.query_WF) == 2
+    empty = pa.chunked_array([pa.array(["", "a", None, "a"], pa.large_string())])
+    assert _numbered(empty)[1].tolist() == [-1, 0, -1, 0]
+
+
+def test_exposures_count_where_pages_can_be_made_of_them(shop: Run) -> None:
+    prepared = Prepared.load(shop.path("data"))
+    file = exposures_file(shop.config(), shop, replace_split(prepared, "time"))
+    assert file is not None
+    assert distinct_queries(prepared, file).to_pylist() == ["garden hose", "red lipstick", "tea pott"]
+    assert exposures_file(shop.config(), shop, replace_split(prepared, "leave_one_out")) is None
+
+
+def replace_split(prepared: Prepared, split: str) -> Prepared:
+    return Prepared(prepared.folder, replace(prepared.meta, split=split))
+
+
+def test_a_damaged_log_of_exposures_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "exposures.parquet"
+    file.write_bytes(b"PAR1 and no more")
+    config, run = made(tmp_path, tmp_path / "vectors")
+    del config
+    with pytest.raises(DataError, match=r"exposures\.parquet: not a readable log of exposures"):
+        distinct_queries(Prepared.load(run.path("data")), file)
 
 
 def test_a_shop_without_queries_has_none(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""`oxyray ablate TABLE`: the variants of one of the paper's tables, each with several seeds, by Hydra multirun.
+
+The variants are the choices `ablation=TABLE_*`: `conf/ablation/` says what each changes. Data and semantic IDs are made once, in the base
+run; every job pre-trains a policy and measures it on the test split. What is finished is kept, so the same command goes on where it was
+stopped. Below `RUN/ablation/TABLE` lie the jobs and the table as Markdown, JSON and a picture.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from oxyray import pipeline
+from oxyray.cli.compose import check, choices, compose_config
+from oxyray.cli.sweep import sweep
+from oxyray.errors import RunError
+from oxyray.evaluate.table import entry
+from oxyray.files import read_json, write_json
+from oxyray.run import Run
+
+TABLES = {
+    "position": "where the instruction stands (paper, Table 5)",
+    "composition": "what the instruction holds (paper, Table 6)",
+    "retrieval": "query-to-item alignment and instruction-guided retrieval (paper, Table 7)",
+    "scaling": "the size of the policy (paper, Tables 3 and 4)",
+}
+SEEDS = "train.seed=1,2,3"
+METRICS = ("HR@1", "HR@10", "NDCG@10")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: its metrics by name, a value for each seed."""
+
+    name: str
+    values: dict[str, list[float]]
+
+    def mean(self, metric: str) -> float:
+        return statistics.fmean(self.values[metric])
+
+    def spread(self, metric: str) -> float:
+        """Standard deviation over seeds; 0 for one."""
+        return statistics.stdev(self.values[metric]) if len(self.values[metric]) > 1 else 0.0
+
+
+def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None, dry_run: bool = False) -> int:
+    """Run what is missing of the table, write and print it; gives the exit code, 0 when every job went well."""
+    config = compose_config(check(overrides, config_dir=config_dir))
+    run = Run(config.run_dir)
+    folder = run.folder.absolute() / "ablation" / table
+    variants = [name for name in choices(config_dir)["ablation"] if name.startswith(f"{table}_")]
+    seeds = [] if any(word.startswith("train.seed=") for word in overrides) else [SEEDS]
+    words = [*overrides, "evaluate.baselines=[]", f"ablation={','.join(variants)}", *seeds, f"hydra.sweep.dir={folder}"]
+    swept = check(words, sweep=True, config_dir=config_dir)
+    if not dry_run:
+        pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "sid")])
+    failed = sweep("pretrain", swept, dry_run)
+    if dry_run:
+        return failed
+    failed |= sweep("evaluate", swept)
+    rows = collected(folder, table, variants)
+    (folder / "table.md").write_text(markdown(table, rows))
+    (folder / "table.svg").write_text(picture(rows))
+    write_json(
+        folder / "table.json", {"table": table, "about": TABLES[table], "data": config.data.name, "rows": [vars(row) for row in rows]}
+    )
+    print(f"\n{markdown(table, rows)}\n{folder / 'table.md'}, with table.json and table.svg beside it")
+    return failed
+
+
+def collected(folder: Path, table: str, variants: Sequence[str]) -> list[Row]:
+    """What the jobs below `folder` measured, in the order of `variants`; those that failed are left out. Raises RunError without any."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
+    for job in json.loads((folder / "sweep.json").read_text()):
+        results = Path(job["folder"]) / "evaluate" / "metrics.json"
+        variant = next(name for name in variants if f"ablation={name}" in job["words"].split())
+        if job["error"] is None and results.is_file():
+            _note(found[variant], read_json(results))
+    rows = [Row(name.removeprefix(f"{table}_"), values) for name, values in found.items() if values]
+    if not rows:
+        raise RunError(f"{folder}: no job went well; the messages above say why")
+    return rows
+
+
+def _note(values: dict[str, list[float]], results: dict[str, object]) -> None:
+    """Add one run's metrics: over all requests, and HR@10 of every scenario."""
+    names = sorted({e["scenario"] for e in results["table"] if e["scenario"]})  # type: ignore[attr-defined]
+    for metric in METRICS:
+        values.setdefault(metric, []).append(_metric(results, metric, None))
+    for name in names if len(names) > 1 else []:
+        values.setdefault(f"HR@10 {name}", []).append(_metric(results, "HR@10", name))
+
+
+def _metric(results: dict[str, object], metric: str, scenario: str | None) -> float:
+    found = entry(results, "policy", "all", scenario=scenario)
+    assert found is not None
+    value: float = found["metrics"][metric]
+    return value
+
+
+def markdown(table: str, rows: Sequence[Row]) -> str:
+    """Means over the seeds ± their standard deviation; the highest mean of a column is bold."""
+    names = list(rows[0].values)
+    seeds = max(len(row.values["HR@10"]) for row in rows)
+    lines = [f"{TABLES[table]}: test split, as specified, {seeds} seed{'s' if seeds > 1 else ''}", ""]
+    lines += ["| " + " | ".join([table, *names]) + " |", "|" + "---|" * (len(names) + 1)]
+    for row in rows:
+        cells = []
+        for name in names:
+            text = f"{row.mean(name):.4f}" + (f" ± {row.spread(name):.4f}" if len(row.values[name]) > 1 else "")
+            best = row.mean(name) == max(other.mean(name) for other in rows)
+            cells.append(f"**{text}**" if best else text)
+        lines.append("| " + " | ".join([row.name, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: Sequence[Row], metric: str = "HR@10") -> str:
+    """Bars of one metric with the spread over seeds, as SVG."""
+    top = max(row.mean(metric) + row.spread(metric) for row in rows) or 1.0
+    height, parts = 34, []
+    for place, row in enumerate(rows):
+        y, long, wide = 30 + place * height, 360 * row.mean(metric) / top, 360 * row.spread(metric) / top
+        parts.append(f'<text x="140" y="{y + 15}" text-anchor="end">{escape(row.name)}</text>')
+        parts.append(f'<rect x="150" y="{y}" width="{long:.1f}" height="22" fill="#3b6fb6"/>')
+        parts.append(f'<path d="M{150 + long - wide:.1f},{y + 11} h{2 * wide:.1f}" stroke="#111" stroke-width="2"/>')
+        parts.append(f'<text x="{160 + long + wide:.1f}" y="{y + 15}">{row.mean(metric):.4f}</text>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 {40 + len(rows) * height}" font-family="sans-serif" font-size="13">'
+    return "\n".join([head, f'<text x="150" y="18">{escape(metric)}</text>', *parts, "</svg>"]) + "\n"
