@@ -17,6 +17,7 @@ from pathlib import Path
 from oxyray import pipeline
 from oxyray.cli.compose import check, choices, compose_config
 from oxyray.cli.sweep import sweep
+from oxyray.cluster.start import one_ray
 from oxyray.errors import RunError
 from oxyray.evaluate.table import entry
 from oxyray.files import read_json, write_json
@@ -28,7 +29,7 @@ TABLES = {
     "retrieval": "query-to-item alignment and instruction-guided retrieval (paper, Table 7)",
     "scaling": "the size of the policy (paper, Tables 3 and 4)",
 }
-SEEDS = "train.seed=1,2,3"
+SEEDS = "1,2,3"
 METRICS = ("HR@1", "HR@10", "NDCG@10")
 
 
@@ -48,20 +49,21 @@ class Row:
 
 
 def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None, dry_run: bool = False) -> int:
-    """Run what is missing of the table, write and print it; gives the exit code, 0 when every job went well."""
-    config = compose_config(check(overrides, config_dir=config_dir))
-    run = Run(config.run_dir)
-    folder = run.folder.absolute() / "ablation" / table
-    variants = [name for name in choices(config_dir)["ablation"] if name.startswith(f"{table}_")]
-    seeds = [] if any(word.startswith("train.seed=") for word in overrides) else [SEEDS]
-    words = [*overrides, "evaluate.baselines=[]", f"ablation={','.join(variants)}", *seeds, f"hydra.sweep.dir={folder}"]
+    """Run what is missing of the table, write and print it; gives the exit code, 0 when every job went well. `ablation=a,b` and
+    `train.seed=1,2` among the overrides choose fewer variants and other seeds."""
+    asked = [word for word in overrides if word.startswith(("ablation=", "train.seed="))]
+    shared = [word for word in overrides if word not in asked]
+    config = compose_config(check(shared, config_dir=config_dir))
+    folder = Run(config.run_dir).folder.absolute() / "ablation" / table
+    axes = {"ablation": _variants(table, config_dir), "train.seed": SEEDS} | dict(word.split("=", 1) for word in asked)
+    words = [*shared, "evaluate.baselines=[]", *(f"{key}={values}" for key, values in axes.items()), f"hydra.sweep.dir={folder}"]
     swept = check(words, sweep=True, config_dir=config_dir)
-    if not dry_run:
-        pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "sid")])
-    failed = sweep("pretrain", swept, dry_run)
     if dry_run:
-        return failed
-    failed |= sweep("evaluate", swept)
+        return sweep("prepare", swept, dry_run)
+    pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "sid")])
+    with one_ray(config.processes):
+        failed = sweep("pretrain", swept) | sweep("evaluate", swept)
+    variants = axes["ablation"].split(",")
     rows = collected(folder, table, variants)
     (folder / "table.md").write_text(markdown(table, rows))
     (folder / "table.svg").write_text(picture(rows))
@@ -70,6 +72,10 @@ def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None,
     )
     print(f"\n{markdown(table, rows)}\n{folder / 'table.md'}, with table.json and table.svg beside it")
     return failed
+
+
+def _variants(table: str, config_dir: Path | None) -> str:
+    return ",".join(name for name in choices(config_dir)["ablation"] if name.startswith(f"{table}_"))
 
 
 def collected(folder: Path, table: str, variants: Sequence[str]) -> list[Row]:
