@@ -19,7 +19,7 @@ find_python() {
 }
 
 pip_install() {  # quiet, as pip warns of what is meant (torchrec's own list); what it said is shown when it fails
-  if ! "$VENV/bin/pip" install "$@" >"$VENV/setup.log" 2>&1; then
+  if ! "$VENV/bin/pip" install --no-compile "$@" >"$VENV/setup.log" 2>&1; then
     tail -n 20 "$VENV/setup.log" >&2
     fail "pip install $* failed, see above and $VENV/setup.log"
   fi
@@ -66,5 +66,7 @@ layer() {
     if [ "$device" = cpu ]; then install_torch_cpu; fi
     pip_install --no-deps --no-build-isolation --editable "$ROOT"
   fi
+  # pip compiles on one core; some files of some packages are templates, or of another Python, and do not compile.
+  "$VENV/bin/python" -m compileall -qq -j 0 "$VENV/lib" >>"$VENV/setup.log" 2>&1 || true
   printf '%s\n' "$want" >"$mark"
 }

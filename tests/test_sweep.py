@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from oxyray.cli.command import main
+
 # A shop that is made in a moment.
 SMALL = [
     "data.mall.size=tiny",
@@ -89,9 +91,7 @@ def test_jobs_that_train_share_the_base_and_one_ray(tmp_path: Path) -> None:
     """As docs/how_to.md says it: the base is prepared first, then the jobs train side by side, each on workers of its own."""
     words = [*SMALL, "model=tiny", f"sid.cache_dir={tmp_path}/cache", f"run_dir={tmp_path}/base"]
     words += ["train.max_steps=2", "train.eval_requests=20", "cluster.cpus=2", "cluster.start_timeout_s=300"]
-    for stage in ("prepare", "sid"):
-        done = oxyray(stage, *words, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
+    assert [main([stage, *words]) for stage in ("prepare", "sid")] == [0, 0]
     swept = ["-m", "hydra/launcher=ray", "model.dropout=0.1,0.3", f"hydra.sweep.dir={tmp_path}/sweep"]
     done = oxyray("pretrain", *swept, *words, cwd=tmp_path, limit=1500)
     assert done.returncode == 0, done.stdout + done.stderr

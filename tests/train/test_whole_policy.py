@@ -59,10 +59,22 @@ def train(kind: str, stage: int) -> dict[str, torch.Tensor]:
     return found
 
 
+TRIALS = [("experts", 2), ("experts", 3), ("igr", 1), ("igr", 3)]
+
+
+def everything() -> dict[str, dict[str, torch.Tensor]]:
+    return {f"{kind}{stage}": train(kind, stage) for kind, stage in TRIALS}
+
+
+@pytest.fixture(scope="module")
+def found() -> list[list[dict[str, dict[str, torch.Tensor]]]]:
+    return [run(world, everything) for world in (1, 2)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "stage"), [("experts", 2), ("experts", 3), ("igr", 1), ("igr", 3)])
-def test_two_processes_learn_what_one_learns(kind: str, stage: int) -> None:
-    (alone,), ranks = run(1, train, kind, stage), run(2, train, kind, stage)
+@pytest.mark.parametrize(("kind", "stage"), TRIALS)
+def test_two_processes_learn_what_one_learns(found: list[list[dict[str, dict[str, torch.Tensor]]]], kind: str, stage: int) -> None:
+    (alone,), ranks = ([dict(rank[f"{kind}{stage}"]) for rank in ranks] for ranks in found)
     older = torch.stack([rank.pop("older") for rank in ranks])
     alone.pop("older")
     for name, value in alone.items():
