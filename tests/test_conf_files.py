@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from oxyray.cli.ablate import TABLES
 from oxyray.cli.compose import check, choices, compose_config, conf_dir
 from oxyray.cli.help import reference
 from oxyray.config import Config
@@ -43,6 +44,10 @@ def test_what_the_how_to_says_to_type_is_valid() -> None:
     assert len(said) >= 5
     for line in said:
         stage, *words = (word for word in line.split()[1:] if word != "-m")
+        if stage == "ablate":
+            assert words[0] in TABLES
+            check(words[1:], sweep=True)
+            continue
         assert stage == "run" or stage in [each.name for each in STAGES]
         if "-m" in line:
             check(words, sweep=True)
