@@ -13,7 +13,9 @@ from torch import nn
 from oxyray.config import Config, to_dict
 from oxyray.data.batch import Batch
 from oxyray.data.stream import SegmentStream
+from oxyray.model.flops import training_flops
 from oxyray.model.inputs import Inputs, check_beams
+from oxyray.model.policy import Policy
 from oxyray.model.saved import about_model, write_model
 from oxyray.model.tables import TableSpec
 from oxyray.run import Run
@@ -71,6 +73,9 @@ class PolicyTask:
 
     def count(self, batch: Batch) -> int:
         return int((batch.weight_Q > 0).sum())
+
+    def flops(self, module: Policy, batch: Batch) -> float:
+        return training_flops(module, batch)
 
     def write(self, folder: Path, weights: Mapping[str, torch.Tensor], **about: Any) -> None:
         write_model(folder, weights, about_model(self.config.model, self.inputs, **about))

@@ -84,6 +84,10 @@ class RankTask:
     def count(self, batch: RankBatch) -> int:
         return int(batch.weight())
 
+    def flops(self, module: Ranker, batch: RankBatch) -> float:
+        del module, batch
+        return 0.0
+
     def write(self, folder: Path, weights: Mapping[str, torch.Tensor], **about: Any) -> None:
         write_ranker(folder, self.settings.model, self.inputs, weights, **about)
 

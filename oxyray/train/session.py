@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from oxyray.files import whole, write_json
+from oxyray.model.flops import peak
 from oxyray.run import Run
 from oxyray.train import checkpoint
 from oxyray.train.course import Course, limits
@@ -49,7 +50,7 @@ class Session:
         found = checkpoint.latest(self.folder / "checkpoints")
         self.engine = self._engine(found)
         self._twin: nn.Module | None = None
-        self._meter = Meter(self.device, task.counted)
+        self._meter = Meter(self.device, task.counted, peak(self.device, self.settings.optim.precision))
         self._pids = self._gather(os.getpid())
         self._begun = self._saved_at = time.monotonic()
         self._minutes_before, self._told_at = self.course.minutes, 0.0
@@ -132,7 +133,9 @@ class Session:
         micro_batches = next(batches)
         waited = time.perf_counter() - begun
         stats = self.engine.step(micro_batches, min(share, 1.0))
-        self._meter.add(stats, waited, sum(map(self.task.count, micro_batches)), time.perf_counter() - begun)
+        taken = time.perf_counter() - begun
+        flops = sum(self.task.flops(self.engine.policy, batch) for batch in micro_batches)
+        self._meter.add(stats, waited, sum(map(self.task.count, micro_batches)), taken, flops)
         if self.engine.step_count % self.log_every == 0 or self.engine.step_count in (1, self.total_steps):
             self._log({"epoch": round(self.engine.step_count / self.steps_per_epoch, 3)} | self._meter.read())
         self._tell()

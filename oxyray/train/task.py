@@ -66,6 +66,10 @@ class Task(Protocol):
         """How many training examples a batch holds."""
         ...
 
+    def flops(self, module: Any, batch: Any) -> float:
+        """Floating-point operations that training on a batch takes; 0 where nobody counts them."""
+        ...
+
     def write(self, folder: Path, weights: Mapping[str, torch.Tensor], **about: Any) -> None:
         """Export the dense weights and what they were trained for; the tables' file is the session's business."""
         ...
