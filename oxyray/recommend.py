@@ -113,6 +113,7 @@ class Recommender:
         """
         if k < 1:
             raise DataError(f"k must be at least 1, got {k}")
+        encoder = self._reader() if query else None  # loaded with the first query; that time is not the request's
         began = time.perf_counter()
         index = -1 if user is None else self.prepared.user_index(user)
         past = self._past(index, at)
@@ -122,8 +123,8 @@ class Recommender:
         batch = self._collate(line, request_segments(line, asked, self._model.history), targets=False)
         if index < 0:  # nobody's row and nobody's profile
             batch.user_B, batch.profile_BP = torch.full_like(batch.user_B, -1), torch.zeros_like(batch.profile_BP)
-        if query:
-            batch.text_Q, batch.vector_WF = torch.zeros_like(batch.text_Q), self._read(query)
+        if query and encoder is not None:
+            batch.text_Q, batch.vector_WF = torch.zeros_like(batch.text_Q), torch.from_numpy(encoder.encode([query]))
         batch = batch.to(self.generator.policy.tree.device)
         name = self.prepared.meta.scenarios[place]
         seen = [past["item"]] if not include_seen else None
@@ -140,8 +141,9 @@ class Recommender:
         looking = None if trigger is None else self._shown(self.prepared.item_index(trigger), None)
         return Recommendations("(new)" if user is None else user, name, looking, recent, items, milliseconds, query)
 
-    def _read(self, query: str) -> torch.Tensor:
-        """The query's text vector: (1, F)."""
+    def _reader(self) -> TextEncoder:
+        """What reads queries: the encoder that read the shop's. Raises DataError where the model reads none, CatalogueError where it is
+        another one now."""
         policy = self.generator.policy
         if policy.instruction.no_text is None or (policy.instruction.carry is None and not policy.config.retrieval.top):
             raise DataError("this model reads no queries: its shop's events have none, or model.instruction leaves them out")
@@ -152,7 +154,7 @@ class Recommender:
                     f"{folder} is not the encoder that read the shop's queries: bring that back, or run `oxyray sid` again"
                 )
             self._encoder = TextEncoder(folder)
-        return torch.from_numpy(self._encoder.encode([query]))
+        return self._encoder
 
     def _past(self, user: int, at: int | None) -> dict[str, np.ndarray]:
         if user < 0:
