@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from oxyray.cli.command import main
-
 # A shop that is made in a moment.
 SMALL = [
     "data.mall.size=tiny",
@@ -88,22 +86,35 @@ def test_jobs_run_side_by_side_on_a_ray_of_their_own_and_use_ray_themselves(tmp_
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_jobs_that_train_share_the_base_and_one_ray(tmp_path: Path) -> None:
-    """As docs/how_to.md says it: the base is prepared first, then the jobs train side by side, each on workers of its own."""
-    words = [*SMALL, "model=tiny", f"sid.cache_dir={tmp_path}/cache", f"run_dir={tmp_path}/base"]
+    """`oxyray ablate` on Ray: the base is prepared once, then the variants train and are measured side by side, each on workers of its
+    own."""
+    words = [*SMALL, "model=tiny", f"sid.cache_dir={tmp_path}/cache", f"run_dir={tmp_path}/base", "hydra/launcher=ray"]
     words += ["train.max_steps=2", "train.eval_requests=20", "cluster.cpus=2", "cluster.start_timeout_s=300"]
-    assert [main([stage, *words]) for stage in ("prepare", "sid")] == [0, 0]
-    swept = ["-m", "hydra/launcher=ray", "model.dropout=0.1,0.3", f"hydra.sweep.dir={tmp_path}/sweep"]
-    done = oxyray("pretrain", *swept, *words, cwd=tmp_path, limit=1500)
+    words += [
+        "experiment=null",
+        "generate.beams=30",
+        "train.seed=3",
+        "ablation=composition_fused,composition_trigger",
+        "evaluate.bootstrap=2",
+    ]
+    done = oxyray("ablate", "composition", *words, cwd=tmp_path, limit=1500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 jobs, 2 at a time" in done.stdout
-    assert [job["error"] for job in jobs(tmp_path / "sweep")] == [None, None]
-    for number, dropout in enumerate((0.1, 0.3)):
-        run = tmp_path / "sweep" / str(number)
-        assert f"dropout: {dropout}" in (run / "config.yaml").read_text()
+    assert done.stdout.count("2 jobs, 2 at a time") == 2, "training, then measuring"
+    folder = tmp_path / "base" / "ablation" / "composition"
+    assert [job["error"] for job in jobs(folder)] == [None, None]
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    for number, content in enumerate(("fused", "trigger")):
+        run = folder / str(number)
+        assert f"content: {content}" in (run / "config.yaml").read_text()
         assert (run / "sid").resolve() == tmp_path / "base" / "sid"
         assert json.loads((run / "pretrain" / "progress.json").read_text())["step"] == 2
         assert (run / "pretrain" / "model" / "model.json").is_file()
+        measured = json.loads((run / "evaluate" / "metrics.json").read_text())["table"]
+        overall = next(e for e in measured if (e["model"], e["protocol"], e["level"], e["scenario"]) == ("policy", "all", "item", None))
+        assert (rows[number]["name"], rows[number]["values"]["HR@10"]) == (content, [overall["metrics"]["HR@10"]])
     assert not (tmp_path / "base" / "pretrain").exists()
+    assert "| fused |" in (folder / "table.md").read_text()
+    assert "<svg" in (folder / "table.svg").read_text()
 
 
 @pytest.mark.ray

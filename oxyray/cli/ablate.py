@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -53,7 +54,7 @@ def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None,
     `train.seed=1,2` among the overrides choose fewer variants and other seeds."""
     asked = [word for word in overrides if word.startswith(("ablation=", "train.seed="))]
     shared = [word for word in overrides if word not in asked]
-    config = compose_config(check(shared, config_dir=config_dir))
+    config = compose_config(check([word for word in shared if not word.startswith("hydra")], config_dir=config_dir))
     folder = Run(config.run_dir).folder.absolute() / "ablation" / table
     axes = {"ablation": _variants(table, config_dir), "train.seed": SEEDS} | dict(word.split("=", 1) for word in asked)
     words = [*shared, "evaluate.baselines=[]", *(f"{key}={values}" for key, values in axes.items()), f"hydra.sweep.dir={folder}"]
@@ -61,7 +62,8 @@ def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None,
     if dry_run:
         return sweep("prepare", swept, dry_run)
     pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "sid")])
-    with one_ray(config.processes):
+    shares = "hydra/launcher=ray" not in shared  # jobs one after the other; else the launcher has a Ray of its own
+    with one_ray(config.processes) if shares else nullcontext():
         failed = sweep("pretrain", swept) | sweep("evaluate", swept)
     variants = axes["ablation"].split(",")
     rows = collected(folder, table, variants)

@@ -19,7 +19,6 @@ from oxyray.data.prepared import Prepared
 from oxyray.errors import DataError, RunError
 from oxyray.files import whole
 from oxyray.run import Run
-from oxyray.sid.encoder import encode
 
 Array = np.ndarray
 
@@ -59,10 +58,6 @@ class QueryVectors:
 
     text_W: pa.Array
     vector_WF: Array
-
-    @classmethod
-    def encoded(cls, text_W: pa.Array, config: Config) -> QueryVectors:
-        return cls(text_W, encode(text_W.to_pylist(), config.sid, config.cluster))
 
     @classmethod
     def load(cls, run: Run) -> QueryVectors | None:

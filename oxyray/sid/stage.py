@@ -39,9 +39,9 @@ def sid(config: Config, run: Run) -> None:
             f"set sid.width={rqkmeans.power_below(items.num_rows)} or lower"
         )
     seconds, clock = {}, time.monotonic()
-    text_IF = encode(item_texts(items), settings, config.cluster)
     asked_W = distinct_queries(prepared, exposures_file(config, run, prepared))
-    queries = QueryVectors.encoded(asked_W, config) if len(asked_W) else None
+    vector_NF = encode([*item_texts(items), *asked_W.to_pylist()], settings, config.cluster)
+    text_IF, queries = vector_NF[: items.num_rows], QueryVectors(asked_W, vector_NF[items.num_rows :])
     seconds["encode"], clock = time.monotonic() - clock, time.monotonic()
     behaviour_ID = None
     if settings.vectors == "text_behaviour":
@@ -71,7 +71,7 @@ def sid(config: Config, run: Run) -> None:
         fit.codebook.save(part / "codebook.npz")
         joiner.save(part / "joiner.npz")
         write_json(part / "quality.json", figures)
-        if queries is not None:
+        if len(asked_W):
             queries.save(part / "queries")
     run.log(
         "sid",

@@ -59,7 +59,7 @@ def train(kind: str, stage: int) -> dict[str, torch.Tensor]:
     return found
 
 
-TRIALS = [("experts", 2), ("experts", 3), ("igr", 1), ("igr", 3)]
+TRIALS = [("experts", 2), ("experts", 3), ("igr", 3)]
 
 
 def everything() -> dict[str, dict[str, torch.Tensor]]:
