@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from oxyray.config import RetrievalConfig
 from oxyray.model.layers import RMSNorm, Tensor
 
+_DEAD = -1  # stands for the item of a request of weight 0
+
 
 class Adapter(nn.Module):
     """Residual (down, non-linearity, up), then brought to length 1. One adapter serves requests and items."""
@@ -57,7 +59,7 @@ def q2i(query_QD: Tensor, item_QD: Tensor, id_Q: Tensor, live_Q: Tensor, config:
         if together and dist.is_initialized() and dist.get_world_size() > 1:
             both_AD, count_W = gathered(torch.cat([query_QD, item_QD], dim=-1))
             query_AD, item_AD = both_AD.chunk(2, dim=-1)
-            id_A, first = gathered(id_A)[0], sum(count_W[: dist.get_rank()])
+            id_A, first = _rows(id_A, count_W), sum(count_W[: dist.get_rank()])
         logit_QA = query_QD @ item_AD.T / config.temperature
         own_Q = first + torch.arange(len(id_Q), device=id_Q.device)
         left_out_QA = (id_Q[:, None] == id_A[None]) | (id_A == _DEAD)
@@ -66,9 +68,6 @@ def q2i(query_QD: Tensor, item_QD: Tensor, id_Q: Tensor, live_Q: Tensor, config:
         live_A = id_A != _DEAD
         held = [config.variance * _narrow(x_AD[live_A]) + config.decorrelation * _alike(x_AD[live_A]) for x_AD in (query_AD, item_AD)]
         return nll_Q + held[0] + held[1]
-
-
-_DEAD = -1
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ def gathered(x_Q: Tensor) -> tuple[Tensor, list[int]]:
     count_W = [torch.zeros(1, dtype=torch.int64, device=x_Q.device) for _ in range(world)]
     dist.all_gather(count_W, torch.tensor([len(x_Q)], device=x_Q.device))
     counts = [int(count) for count in count_W]
-    return _Gather.apply(x_Q, counts) if x_Q.requires_grad else _rows(x_Q, counts), counts
+    return _Gather.apply(x_Q, counts), counts
 
 
 def _rows(x_Q: Tensor, counts: list[int]) -> Tensor:

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from oxyray.config import Config
 from oxyray.data.prepared import Prepared
 from oxyray.errors import DataError, RunError
-from oxyray.files import whole
 from oxyray.run import Run
 
 Array = np.ndarray
@@ -70,12 +69,12 @@ class QueryVectors:
         return cls(text_W, np.load(folder / "vectors.npy", allow_pickle=False, mmap_mode="r"))
 
     def save(self, folder: Path) -> None:
-        with whole(folder) as part:
-            part.mkdir(parents=True)
-            table = pa.table({"query": self.text_W})
-            with pa.ipc.new_file(str(part / "queries.arrow"), table.schema) as file:
-                file.write_table(table)
-            np.save(part / "vectors.npy", self.vector_WF.astype(np.float32, copy=False))
+        """Into a new folder, of whatever the stage writes whole or not at all."""
+        folder.mkdir()
+        table = pa.table({"query": self.text_W})
+        with pa.ipc.new_file(str(folder / "queries.arrow"), table.schema) as file:
+            file.write_table(table)
+        np.save(folder / "vectors.npy", self.vector_WF.astype(np.float32, copy=False))
 
     def of(self, texts: tuple[str, ...]) -> Array:
         """(N, F). Raises RunError on a text that was not encoded."""
