@@ -55,7 +55,7 @@ def test_from_logs_to_recommendations(tmp_path: Path, capsys: pytest.CaptureFixt
         (stage, "fresh" if stage in ("prepare", "sid", "rank") else "would run") for stage in STAGES
     ]
 
-    printed = command(tmp_path, "recommend", f"run_dir={run.folder}", "user=U000001", "scenario=search", "query=linen dress", "k=4")
+    printed = here(capsys, "recommend", f"run_dir={run.folder}", "user=U000001", "scenario=search", "query=linen dress", "k=4")
     recommender = oxyray.Recommender.load(run.folder)
     answered = recommender.recommend("U000001", scenario="search", query="linen dress", k=4)
     assert "user U000001 at search, typing 'linen dress'" in printed

@@ -72,17 +72,6 @@ def test_a_failing_job_is_told_when_it_fails_and_the_others_go_on(tmp_path: Path
 
 
 @pytest.mark.ray
-def test_jobs_run_side_by_side_on_a_ray_of_their_own_and_use_ray_themselves(tmp_path: Path) -> None:
-    words = ["data=tables,mall", *SMALL, f"data.path={tmp_path}/none", "data.mall.workers=2", "cluster.cpus=2"]
-    done = oxyray("prepare", "-m", "hydra/launcher=ray", *words, f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "2 jobs, 2 at a time" in done.stdout
-    assert "error: job 0 (data=tables): " in done.stderr
-    assert [job["error"] is None for job in jobs(tmp_path / "sweep")] == [False, True]
-    assert (tmp_path / "sweep" / "1" / "data" / "meta.json").is_file()
-
-
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_jobs_that_train_share_the_base_and_one_ray(tmp_path: Path) -> None:
@@ -118,12 +107,17 @@ def test_jobs_that_train_share_the_base_and_one_ray(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_a_sweep_joins_a_cluster_that_is_already_running(tmp_path: Path, running_cluster: tuple[str, Path]) -> None:
+def test_a_sweep_joins_a_cluster_that_is_already_running_and_tells_of_jobs_that_fail(
+    tmp_path: Path, running_cluster: tuple[str, Path]
+) -> None:
     address = running_cluster[0]
-    words = ["data.core=0,2", *SMALL, "cluster=running", f"hydra.sweep.dir={tmp_path}/sweep", "hydra.launcher.jobs_at_once=1"]
+    words = ["data=tables,mall", *SMALL, f"data.path={tmp_path}/none", "data.mall.workers=2", "cluster=running"]
+    words += [f"hydra.sweep.dir={tmp_path}/sweep", "hydra.launcher.jobs_at_once=1"]
     done = oxyray("prepare", "-m", "hydra/launcher=ray", *words, cwd=tmp_path, RAY_ADDRESS=address)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
     port = address.rpartition(":")[2]
     assert re.search(rf"^joined the Ray cluster at [0-9.]+:{port}$", done.stdout, re.M), done.stdout
     assert "2 jobs, 1 at a time" in done.stdout
-    assert [job["error"] for job in jobs(tmp_path / "sweep")] == [None, None]
+    assert "error: job 0 (data=tables): " in done.stderr
+    assert [job["error"] is None for job in jobs(tmp_path / "sweep")] == [False, True]
+    assert (tmp_path / "sweep" / "1" / "data" / "meta.json").is_file()

@@ -33,9 +33,14 @@ class Kept:
 
 
 def wandb_rows(run: Run) -> list[dict[str, Any]]:
-    """The history rows in wandb's own offline files."""
+    """The history rows in wandb's own offline files.
+
+    wandb's process closes a file some time after `finish` came back; that its end is waited for makes the files whole.
+    """
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()
     rows: list[dict[str, Any]] = []
     for file in sorted(run.folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime):
         for data in _records(file.read_bytes()):

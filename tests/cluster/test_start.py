@@ -68,17 +68,14 @@ def test_stages_in_a_row_share_the_ray_that_the_first_one_starts() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_prepare_and_sid_work_on_the_running_cluster(tmp_path: Path, running_cluster: tuple[str, Path]) -> None:
+@pytest.mark.timeout(600)
+def test_a_stage_works_on_the_running_cluster(tmp_path: Path, running_cluster: tuple[str, Path]) -> None:
     """Who joined is read from the cluster's own logs: each driver leaves one."""
     address, logs = running_cluster
-    words = ["cluster=running", "data.mall.size=tiny", "data.mall.workers=2", "sid.workers=2", f"sid.cache_dir={tmp_path}/cache"]
-    words += [f"run_dir={tmp_path}/run", "sid.width=16"]
-    for number, stage in enumerate(("prepare", "sid"), 1):
-        done = subprocess.run(
-            [sys.executable, "-m", "oxyray", stage, *words],
-            capture_output=True, text=True, timeout=700, cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": address},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        drivers = list(logs.glob("python-core-driver-*"))
-        assert len(drivers) == number, f"{stage} did not join: {drivers}"
+    words = ["prepare", "cluster=running", "data.mall.size=tiny", "data.mall.workers=2", f"run_dir={tmp_path}/run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "oxyray", *words],
+        capture_output=True, text=True, timeout=400, cwd=tmp_path, env=os.environ | {"RAY_ADDRESS": address},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(logs.glob("python-core-driver-*"))) == 1

@@ -18,6 +18,7 @@ from oxyray.train.engine import TrainEngine
 from tests.train.toy import SPECS, ToyPolicy, global_steps
 from tests.train.train_workers import run
 
+pytestmark = pytest.mark.slow
 OPTIM = OptimConfig(lr=0.02, table_lr=0.1, clip=0.7, weight_decay=0.01, warmup_share=0.2)
 STEPS, HALF, PIECES = 6, 3, 4
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

@@ -19,6 +19,7 @@ from tests.model.toys import Toy
 from tests.train.toy import SPECS, Loss, Reference, ToyBatch, ToyPolicy, global_steps
 from tests.train.train_workers import run
 
+pytestmark = pytest.mark.slow
 OPTIM = OptimConfig(lr=0.02, table_lr=0.1, clip=0.7, weight_decay=0.01, warmup_share=0.2)
 # The real policy is rougher ground: with large steps rounding alone would pass 1e-6 in the tables.
 REAL_OPTIM = dataclasses.replace(OPTIM, lr=0.002, table_lr=0.02)

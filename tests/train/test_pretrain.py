@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from oxyray.cluster.start import one_ray
 from oxyray.config import ClusterConfig, Config, OptimConfig, TrainConfig, to_dict
 from oxyray.errors import RunError, Stopped, TrainingError
-from oxyray.files import read_json
+from oxyray.files import read_json, write_json
 from oxyray.run import Run
 from oxyray.train import checkpoint
+from oxyray.train.driver import _worker, raise_left_error
 from oxyray.train.pretrain import pretrain
 from tests.evaluate.shop import prepared_run
 from tests.train.test_session import two_workers
@@ -98,11 +99,23 @@ def test_a_killed_worker_repeats_no_batch_and_loses_none(config: Config, tmp_pat
     assert "already over" in capsys.readouterr().out
 
     optim = OptimConfig(lr=1e30, clip=1e30, warmup_share=0.0)
-    wild = dataclasses.replace(hit, train=dataclasses.replace(hit.train, optim=optim, workers=1, max_restarts=1))
+    wild = dataclasses.replace(hit, train=dataclasses.replace(hit.train, optim=optim, workers=1, max_restarts=0))
     with pytest.raises(TrainingError, match="not finite"):
         pretrain(wild, run)
     assert "begins anew" in capsys.readouterr().out
     assert all(torch.equal(a[name], b) for name, b in weights(tmp_path / "hit").items())  # the earlier model stands
+
+
+def test_who_is_restarted_after_an_error_that_would_come_again_leaves_at_once(config: Config, tmp_path: Path) -> None:
+    made = copy(config, tmp_path / "run")
+    folder = tmp_path / "run" / "pretrain"
+    folder.mkdir()
+    write_json(folder / "error.json", {"kind": "TrainingError", "message": "the disk is full", "rank": 1})
+    _worker({"task": "oxyray.train.pretrain:PolicyTask", "config": to_dict(made)})
+    assert [path.name for path in folder.iterdir()] == ["error.json"]
+    with pytest.raises(TrainingError, match="^the disk is full$"):
+        raise_left_error(folder)
+    assert not list(folder.iterdir())
 
 
 def test_sigterm_leaves_a_checkpoint(config: Config, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from oxyray.train import checkpoint
 from tests.evaluate.shop import prepared_run
 from tests.train.train_workers import run as spawn
 
+pytestmark = pytest.mark.slow
 HEADS = {"tied": 1, "codes": 3}  # a head and the ZeRO stage that it is tried with
 
 
