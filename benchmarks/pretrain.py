@@ -147,7 +147,7 @@ def train(settings: dict[str, Any], stages: tuple[int, ...], steps: int) -> dict
         engines[stage] = TrainEngine(inputs.policy(config.model), inputs.tables(config.model), optim, total_steps=1000, seed=SEED)
     stream = SegmentStream(
         inputs.prepared,
-        inputs.collator(config.model, config.train.action_weights),
+        inputs.collator(config.model, config.train),
         history=config.model.history,
         targets_per_step=config.train.targets_per_step,
         seed=SEED,

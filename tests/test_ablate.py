@@ -15,9 +15,18 @@ from tests.test_cli import said
 
 
 def results(hit: float) -> dict[str, object]:
+    requests = {None: 40, "home": 30, "search": 10}
+
     def line(scenario: str | None, value: float) -> dict[str, object]:
         metrics = {"HR@1": value / 4, "HR@10": value, "NDCG@10": value / 2}
-        return {"model": "policy", "protocol": "all", "level": "item", "scenario": scenario, "metrics": metrics}
+        return {
+            "model": "policy",
+            "protocol": "all",
+            "level": "item",
+            "scenario": scenario,
+            "requests": requests[scenario],
+            "metrics": metrics,
+        }
 
     return {"table": [line(None, hit), line("home", hit + 0.1), line("search", hit - 0.1)]}
 
@@ -44,6 +53,22 @@ def test_jobs_become_rows_with_their_seeds_and_failed_ones_are_left_out(tmp_path
     assert "0.3200" in drawn
 
 
+def test_a_model_for_each_scenario_is_put_together_by_the_requests_of_each(tmp_path: Path) -> None:
+    hits = {"all": 0.5, "home": 0.6, "search": 0.3}  # overall; `results` gives home 0.1 more and search 0.1 less
+    jobs = []
+    for name, hit in hits.items():
+        folder = tmp_path / name
+        jobs.append({"folder": str(folder), "words": f"ablation=unified_{name} train.seed=1", "error": None})
+        (folder / "evaluate").mkdir(parents=True)
+        write_json(folder / "evaluate" / "metrics.json", results(hit))
+    write_json(tmp_path / "sweep.json", jobs)
+    *_, own = collected(tmp_path, "unified", [f"unified_{name}" for name in hits])
+    assert own.name == "each its own"
+    assert (own.values["HR@10 home"], own.values["HR@10 search"]) == ([pytest.approx(0.7)], [pytest.approx(0.2)])
+    assert own.values["HR@10"] == [pytest.approx((30 * 0.7 + 10 * 0.2) / 40)]
+    assert [row.name for row in collected(tmp_path, "unified", ["unified_all", "unified_home"])] == ["all", "home"]
+
+
 def test_a_table_of_which_no_job_went_well_is_an_error(tmp_path: Path) -> None:
     write_json(tmp_path / "sweep.json", [{"folder": str(tmp_path), "words": "ablation=position_none train.seed=1", "error": "it broke"}])
     with pytest.raises(RunError, match="no job went well"):
@@ -55,4 +80,4 @@ def test_every_table_has_variants_and_an_unknown_one_is_named(capsys: pytest.Cap
         assert sum(name.startswith(f"{table}_") for name in choices()["ablation"]) >= 3
     code, _, err = said(capsys, "ablate", "positon")
     assert code == 2
-    assert "expected a table first, one of position, composition, retrieval, scaling" in err
+    assert f"expected a table first, one of {', '.join(TABLES)}" in err

@@ -169,7 +169,7 @@ class Learner:
         if not settings.supervised_rate:
             return None
         stream = SegmentStream(
-            self.inputs.prepared, self.inputs.collator(model, self.config.train.action_weights), history=model.history,
+            self.inputs.prepared, self.inputs.collator(model, self.config.train), history=model.history,
             targets_per_step=settings.supervised_targets, seed=settings.seed + 1, one_query=not model.causal_encoder,
         )  # fmt: skip
         epoch, within = divmod(self.engine.step_count, stream.steps_per_epoch())

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from oxyray import pipeline
 from oxyray.cli.compose import check, choices, compose_config
@@ -28,10 +29,13 @@ TABLES = {
     "position": "where the instruction stands (paper, Table 5)",
     "composition": "what the instruction holds (paper, Table 6)",
     "retrieval": "query-to-item alignment and instruction-guided retrieval (paper, Table 7)",
+    "unified": "one model for all scenarios beside one for each (paper, Table 8)",
+    "masked": "requests of one model asked without a part of their instruction (paper, Table 9)",
     "scaling": "the size of the policy (paper, Tables 3 and 4)",
 }
 SEEDS = "1,2,3"
 METRICS = ("HR@1", "HR@10", "NDCG@10")
+Results = dict[str, Any]  # a run's evaluate/metrics.json
 
 
 @dataclass(frozen=True)
@@ -82,32 +86,56 @@ def _variants(table: str, config_dir: Path | None) -> str:
 
 def collected(folder: Path, table: str, variants: Sequence[str]) -> list[Row]:
     """What the jobs below `folder` measured, in the order of `variants`; those that failed are left out. Raises RunError without any."""
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
+    found: dict[str, list[Results]] = {name.removeprefix(f"{table}_"): [] for name in variants}
     for job in json.loads((folder / "sweep.json").read_text()):
         results = Path(job["folder"]) / "evaluate" / "metrics.json"
-        variant = next(name for name in variants if f"ablation={name}" in job["words"].split())
-        if job["error"] is None and results.is_file():
-            _note(found[variant], read_json(results))
-    rows = [Row(name.removeprefix(f"{table}_"), values) for name, values in found.items() if values]
+        variant = next((name for name in found if f"ablation={table}_{name}" in job["words"].split()), None)
+        if variant is not None and job["error"] is None and results.is_file():
+            found[variant].append(read_json(results))
+    rows = [Row(name, _values(seeds)) for name, seeds in found.items() if seeds]
     if not rows:
         raise RunError(f"{folder}: no job went well; the messages above say why")
-    return rows
+    return rows + (_each_its_own(found) if table == "unified" else [])
 
 
-def _note(values: dict[str, list[float]], results: dict[str, object]) -> None:
-    """Add one run's metrics: over all requests, and HR@10 of every scenario."""
-    names = sorted({e["scenario"] for e in results["table"] if e["scenario"]})  # type: ignore[attr-defined]
-    for metric in METRICS:
-        values.setdefault(metric, []).append(_metric(results, metric, None))
-    for name in names if len(names) > 1 else []:
-        values.setdefault(f"HR@10 {name}", []).append(_metric(results, "HR@10", name))
+def _values(seeds: list[Results]) -> dict[str, list[float]]:
+    """Metrics over all requests, and HR@10 of every scenario where there are several."""
+    names = _scenarios(seeds[0])
+    return {metric: [_told(results, metric) for results in seeds] for metric in METRICS} | {
+        f"HR@10 {name}": [_told(results, "HR@10", name) for results in seeds] for name in (names if len(names) > 1 else ())
+    }
 
 
-def _metric(results: dict[str, object], metric: str, scenario: str | None) -> float:
+def _each_its_own(found: dict[str, list[Results]]) -> list[Row]:
+    """Every scenario's requests answered by the variant that has its name; nothing where one misses."""
+    names = _scenarios(next(seeds[0] for seeds in found.values() if seeds))
+    seeds = range(min(len(found.get(name, [])) for name in names))
+    if not seeds:
+        return []
+    own = {f"HR@10 {name}": [_told(found[name][seed], "HR@10", name) for seed in seeds] for name in names}
+    together = {metric: [_mean({name: found[name][seed] for name in names}, metric) for seed in seeds] for metric in METRICS}
+    return [Row("each its own", together | own)]
+
+
+def _mean(models: dict[str, Results], metric: str) -> float:
+    """Over all requests, where each scenario has a model of its own."""
+    counts = {name: _entry(results, name)["requests"] for name, results in models.items()}
+    return sum(count * _told(models[name], metric, name) for name, count in counts.items()) / sum(counts.values())
+
+
+def _scenarios(results: Results) -> list[str]:
+    return sorted({line["scenario"] for line in results["table"] if line["scenario"]})
+
+
+def _told(results: Results, metric: str, scenario: str | None = None) -> float:
+    value: float = _entry(results, scenario)["metrics"][metric]
+    return value
+
+
+def _entry(results: Results, scenario: str | None) -> dict[str, Any]:
     found = entry(results, "policy", "all", scenario=scenario)
     assert found is not None
-    value: float = found["metrics"][metric]
-    return value
+    return found
 
 
 def markdown(table: str, rows: Sequence[Row]) -> str:

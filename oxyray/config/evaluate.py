@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from oxyray.config.plain import need
 
@@ -48,12 +49,14 @@ class EvaluateConfig:
     ks: list lengths K of HR@K, Recall@K, NDCG@K
     max_requests: test requests at most, drawn with the seed; null: all
     baselines: of popularity, knn, sasrec
+    hide: what of a request the policy is not told, to see what it was worth (paper, Table 9): of trigger, text
     bootstrap: resamples for the confidence intervals; 0: none
     """
 
     ks: tuple[int, ...] = (1, 5, 10, 30)
     max_requests: int | None = 20000
     baselines: tuple[str, ...] = ("popularity", "knn", "sasrec")
+    hide: tuple[Literal["trigger", "text"], ...] = ()
     bootstrap: int = 200
     sasrec: SasrecConfig = field(default_factory=SasrecConfig)
 

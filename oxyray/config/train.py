@@ -104,12 +104,15 @@ class TrainConfig(CourseConfig):
 
     targets_per_step: training targets in one optimizer step, over all workers and micro-batches
     action_weights: weight of a target by its action
+    scenario_weights: weight of a target by its scenario, times its action's: the rates at which scenarios are mixed; default stands for
+        those not named (1 where it is not given). Scenarios of weight 0 are read as history alone, and not validated on
     hold_back: newest share of the training events that is left to alignment, which then asks for these alone; 0: both learn from all
     overfit_batches: train on the first this many steps' batches again and again, to see whether the model can learn; 0: off
     """
 
     targets_per_step: int = 3500
     action_weights: dict[str, float] = field(default_factory=lambda: {"click": 1.0, "cart": 2.0, "purchase": 4.0})
+    scenario_weights: dict[str, float] = field(default_factory=dict)
     hold_back: float = 0.0
     overfit_batches: int = 0
 
@@ -123,6 +126,8 @@ class TrainConfig(CourseConfig):
             need(action in self.action_weights, f".action_weights.{action}", "missing; every action needs its weight")
             weight = self.action_weights[action]
             need(0 <= weight < math.inf, f".action_weights.{action}", f"must be 0 or more and finite, got {weight}")
+        for scenario, weight in self.scenario_weights.items():
+            need(0 <= weight < math.inf, f".scenario_weights.{scenario}", f"must be 0 or more and finite, got {weight}")
         least = self.workers * self.micro_batches
         need(self.targets_per_step >= least, ".targets_per_step", f"must give every worker and micro-batch a target: at least {least}")
 

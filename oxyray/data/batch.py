@@ -14,6 +14,7 @@ levels, C side features, F text width, P profile columns.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,11 @@ class Batch:
         held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in held.items()}
         return Batch(**moved)
+
+    def without(self, parts: Sequence[str]) -> Batch:
+        """The same requests with none of these parts: of trigger, text."""
+        hidden: dict[str, Any] = {f"{part}_Q": torch.full_like(getattr(self, f"{part}_Q"), -1) for part in parts}
+        return dataclasses.replace(self, **hidden)
 
     @property
     def segments(self) -> int:

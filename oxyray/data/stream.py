@@ -44,12 +44,13 @@ class ItemFeatures:
 @dataclass
 class Collator:
     """Segments of a timeline to a Batch. With `whole_catalogue` the item block holds every item and item indices stay catalogue indices.
-    `negatives` is how many items `draw` draws for the item-level loss, `query_WF` the vectors of the known query texts (None: the model
-    reads none), `older` how many events before a segment's history come along."""
+    `weight_AS` is the weight of a target by its action and scenario, `negatives` how many items `draw` draws for the item-level loss,
+    `query_WF` the vectors of the known query texts (None: the model reads none), `older` how many events before a segment's history come
+    along."""
 
     features: ItemFeatures
     profile_UP: Array
-    weight_A: Array
+    weight_AS: Array
     whole_catalogue: bool
     negatives: int = 0
     query_WF: Array | None = None
@@ -91,7 +92,7 @@ class Collator:
             time_Q=_long(time.asked_E[query_Q]),
             target_Q=_long(target_Q),
             action_Q=_long(time.action_E[query_Q]),
-            weight_Q=torch.from_numpy(self.weight_A[time.action_E[query_Q]].astype(np.float32)),
+            weight_Q=torch.from_numpy(self.weight_AS[time.action_E[query_Q], time.scenario_E[query_Q]].astype(np.float32)),
             older_item_O=_long(item_O),
             older_action_O=_long(time.action_E[older_O]),
             older_scenario_O=_long(time.scenario_E[older_O]),

@@ -9,6 +9,7 @@ Legend: R rows, S scenarios, I items.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,19 @@ _SCORES_PER_CALL = 1 << 25
 
 
 class PolicyRecommender:
-    """The policy behind the generator: each request within the pool of its scenario."""
+    """The policy behind the generator: each request within the pool of its scenario, told all but the parts to `hide`."""
 
     def __init__(
-        self, generator: Generator, collate: Collator, prepared: Prepared, history: int, device: str = "cpu", name: str = "policy"
+        self,
+        generator: Generator,
+        collate: Collator,
+        prepared: Prepared,
+        history: int,
+        device: str = "cpu",
+        name: str = "policy",
+        hide: Sequence[str] = (),
     ) -> None:
-        self.name = name
+        self.name, self.hide = name, hide
         self.generator, self.collate, self.prepared, self.history, self.device = generator, collate, prepared, history, device
 
     @classmethod
@@ -58,11 +66,11 @@ class PolicyRecommender:
         policy, tables = read_model(folder, inputs, device)
         counts_I = inputs.prepared.train_counts_I()
         generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, config.generate.beams, config.generate.normalise)
-        return cls(generator, inputs.collator(policy.config), inputs.prepared, policy.config.history, device, name)
+        return cls(generator, inputs.collator(policy.config), inputs.prepared, policy.config.history, device, name, config.evaluate.hide)
 
     def recommend(self, requests: Requests, depth: int) -> Lists:
         segments = request_segments(requests.time, requests.row_R, self.history)
-        batch = self.collate(requests.time, segments, targets=False).to(self.device)
+        batch = self.collate(requests.time, segments, targets=False).without(self.hide).to(self.device)
         found = self.generator.generate(batch, depth, self.generator.pools_of(requests.scenario_R, self.prepared.pools))
         return Lists(found.item_BR, found.score_BR)
 

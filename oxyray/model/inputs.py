@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from oxyray.config import Config, ModelConfig
+from oxyray.config import Config, ModelConfig, TrainConfig
 from oxyray.data.prepared import Prepared
 from oxyray.data.stream import Collator, ItemFeatures
 from oxyray.errors import CatalogueError, ConfigError, RunError
@@ -71,17 +71,31 @@ class Inputs:
         specs = [TableSpec(name="item", rows=self.vocab.items, dim=config.row_dim)]
         return specs + ([TableSpec(name="user", rows=self.vocab.users, dim=config.row_dim)] if config.user_table else [])
 
-    def collator(self, config: ModelConfig, action_weights: dict[str, float] | None = None) -> Collator:
-        """Raises ConfigError when an action of the data has no weight."""
-        actions = self.prepared.meta.actions
-        if action_weights is not None and (missing := [name for name in actions if name not in action_weights]):
-            raise ConfigError(f"train.action_weights: no weight for {missing}; give every action one")
-        weight_A = np.array([1.0 if action_weights is None else action_weights[name] for name in actions])
+    def collator(self, config: ModelConfig, train: TrainConfig | None = None) -> Collator:
+        """Without `train` every target weighs 1. Raises ConfigError as `target_weights`."""
+        meta = self.prepared.meta
+        weight_AS = np.ones((len(meta.actions), len(meta.scenarios))) if train is None else self.target_weights(train)
         some = config.head == "codes" or config.item_negatives < self.vocab.items
         negatives = min(config.item_negatives, self.vocab.items) if config.item_loss and some else 0
         texts = self.queries.vector_WF if self.queries is not None and config.instruction.text else None
         older = config.retrieval.history if config.retrieval.top else 0
-        return Collator(self.features, self.prepared.profile_UP, weight_A, config.head == "tied", negatives, texts, older)
+        return Collator(self.features, self.prepared.profile_UP, weight_AS, config.head == "tied", negatives, texts, older)
+
+    def target_weights(self, train: TrainConfig) -> np.ndarray:
+        """Weight of a training target by its action and scenario: (actions, scenarios). Raises ConfigError when an action of the data has
+        no weight, when a scenario is named that the data does not have, and when all weights are 0."""
+        actions, scenarios = self.prepared.meta.actions, self.prepared.meta.scenarios
+        if missing := [name for name in actions if name not in train.action_weights]:
+            raise ConfigError(f"train.action_weights: no weight for {missing}; give every action one")
+        given = train.scenario_weights
+        known = [*scenarios, "default"]
+        if unknown := [name for name in given if name not in known]:
+            raise ConfigError(f"train.scenario_weights: the data has no scenario {', '.join(unknown)}; known are {', '.join(known)}")
+        weight_S = [given.get(name, given.get("default", 1.0)) for name in scenarios]
+        weight_AS: np.ndarray = np.outer([train.action_weights[name] for name in actions], weight_S)
+        if not weight_AS.any():
+            raise ConfigError("train.action_weights, train.scenario_weights: no target weighs anything, so nothing can be learned")
+        return weight_AS
 
 
 def check_beams(config: Config, inputs: Inputs) -> None:

@@ -58,7 +58,7 @@ class PolicyTask:
         model, settings = self.config.model, self.settings
         return SegmentStream(
             self.inputs.prepared,
-            self.inputs.collator(model, settings.action_weights),
+            self.inputs.collator(model, settings),
             history=model.history,
             targets_per_step=settings.targets_per_step,
             seed=settings.seed,

@@ -91,9 +91,10 @@ class Validation:
 
 def _pieces(config: Config, inputs: Inputs, limit: int) -> list[_Piece]:
     """The sample, in batches."""
-    collate, size = inputs.collator(config.model, config.train.action_weights), config.generate.requests_per_batch
+    collate, size = inputs.collator(config.model, config.train), config.generate.requests_per_batch
     pieces = []
-    for time, rows in _sample(inputs, limit, config.train.seed):
+    asked_S = inputs.target_weights(config.train).max(axis=0) > 0
+    for time, rows in _sample(inputs, asked_S, limit, config.train.seed):
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             batch = collate(time, request_segments(time, part, config.model.history), negative_N=collate.draw(config.train.seed, first))
@@ -101,10 +102,13 @@ def _pieces(config: Config, inputs: Inputs, limit: int) -> list[_Piece]:
     return pieces
 
 
-def _sample(inputs: Inputs, limit: int, seed: int) -> list[tuple[Timeline, np.ndarray]]:
-    """At most `limit` validation events, uniformly drawn over all parts: timelines and rows of them."""
+def _sample(inputs: Inputs, asked_S: np.ndarray, limit: int, seed: int) -> list[tuple[Timeline, np.ndarray]]:
+    """At most `limit` validation events of the scenarios that are asked, uniformly drawn over all parts: timelines and rows of them."""
     prepared = inputs.prepared
-    counts = [int((prepared.events(part, ["split"])["split"] == 1).sum()) for part in range(prepared.parts)]
+    counts = []
+    for part in range(prepared.parts):
+        rows = prepared.events(part, ["split", "scenario"])
+        counts.append(int(((rows["split"] == 1) & asked_S[rows["scenario"]]).sum()))
     chosen = np.random.default_rng(seed).permutation(sum(counts))[:limit]
     sample, first = [], 0
     for part, count in enumerate(counts):
@@ -112,5 +116,5 @@ def _sample(inputs: Inputs, limit: int, seed: int) -> list[tuple[Timeline, np.nd
         first += count
         if len(here):
             time = timeline(prepared.events(part), splits=(0, 1))
-            sample.append((time, np.flatnonzero(time.split_E == 1)[here]))
+            sample.append((time, np.flatnonzero((time.split_E == 1) & asked_S[time.scenario_E])[here]))
     return sample

@@ -95,7 +95,7 @@ class Parts:
 
 def stream(seed: int = 0, **more) -> SegmentStream:
     features = ItemFeatures(torch.zeros(600, 3, dtype=torch.long), torch.zeros(600, 0, dtype=torch.long), None)
-    collate = Collator(features, np.zeros((36, 0), int), np.array([1.0, 2.0, 4.0]), whole_catalogue=True)
+    collate = Collator(features, np.zeros((36, 0), int), np.outer([1.0, 2.0, 4.0], np.ones(9)), whole_catalogue=True)
     return SegmentStream(Parts(), collate, **({"history": 8, "targets_per_step": 40, "seed": seed} | more))
 
 

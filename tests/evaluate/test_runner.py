@@ -235,3 +235,24 @@ def test_published_rows_need_the_published_set(evaluated):
     assert all(0 < value < 0.2 for row in rows for name, value in row.items() if "@" in name)
     assert published(replace(beauty, split="time")) == []
     assert {row["set"] for row in rows} == {"amazon_beauty"}
+
+
+def test_what_is_hidden_from_the_policy_is_not_read(tmp_path):
+    config, run = whole_run(tmp_path)
+    inputs = Inputs.load(run)
+    [asked_] = list(asked(inputs.prepared, TEST, 20, seed=1))
+    read = []
+    for hide in ((), ("trigger",), ("trigger", "text")):
+        model = PolicyRecommender.load(replace(config, evaluate=replace(config.evaluate, hide=hide)), inputs, model_folder(run), "cpu")
+        collate, generate = model.collate, model.generator.generate
+
+        def with_both(*args, collate=collate, **kwargs):
+            return replace(made := collate(*args, **kwargs), trigger_Q=made.trigger_Q * 0 + 3, text_Q=made.text_Q * 0)
+
+        def noted(batch, *args, generate=generate, **kwargs):
+            read.append((set(batch.trigger_Q.tolist()), set(batch.text_Q.tolist())))
+            return generate(batch, *args, **kwargs)
+
+        model.collate, model.generator.generate = with_both, noted
+        model.recommend(asked_, 5)
+    assert read == [({3}, {0}), ({-1}, {0}), ({-1}, {-1})]

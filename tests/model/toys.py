@@ -44,9 +44,9 @@ class Toy:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
         side = np.stack([random.integers(0, size, items) for size in self.vocab.side], axis=1)
         self.features = ItemFeatures(torch.from_numpy(self.codes_IL), torch.from_numpy(side), torch.randn(items, 7).double())
-        weight_A = np.array([1.0, 2.0, 4.0])
+        weight_AS = np.outer([1.0, 2.0, 4.0], np.ones(self.vocab.scenarios))
         profile_UP, query_WF = random.integers(0, 5, (users, 1)), random.normal(size=(9, 7))
-        self.collate = Collator(self.features, profile_UP, weight_A, head == "tied", self.config.item_negatives, query_WF)
+        self.collate = Collator(self.features, profile_UP, weight_AS, head == "tied", self.config.item_negatives, query_WF)
         self.tables = {"item": torch.randn(items, 8).double(), "user": torch.randn(users, 8).double()}
         events = 12 * users
         self.timeline: Timeline = timeline(
