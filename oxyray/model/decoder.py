@@ -21,6 +21,15 @@ from oxyray.model.moe import feed_forward
 
 
 @dataclass
+class Fetched:
+    """k slots that each query has for itself; `visible_BPk` marks those that exist."""
+
+    memory_BPkD: Tensor
+    position_BPk: Tensor
+    visible_BPk: Tensor
+
+
+@dataclass
 class Memory:
     """What queries look at: encoder output, which slots a query may see, and where the query stands in time.
 
@@ -33,17 +42,18 @@ class Memory:
     real_BP: Tensor
     visible_BPS: Tensor
     position_BP: Tensor
+    own: Fetched | None = None
 
-    def append(self, fetched_BxD: Tensor, found_BPk: Tensor) -> None:
-        """Give each query slots of its own (x = P · k, query by query), which it alone sees where `found_BPk`. They stand before all others
-        in time, the last at -1."""
-        queries = found_BPk.shape[1]
-        own_PP = torch.eye(queries, dtype=torch.bool, device=found_BPk.device)
-        own_BPx = (found_BPk[:, None] & own_PP[None, :, :, None]).flatten(2)
-        before_Bx = -found_BPk.flip(-1).cumsum(-1).flip(-1).flatten(1)
-        self.memory_BSD = torch.cat([self.memory_BSD, fetched_BxD], dim=1)
-        self.position_BS = torch.cat([self.position_BS, before_Bx], dim=1)
-        self.visible_BPS = torch.cat([self.visible_BPS, own_BPx], dim=2)
+    def fetch(self, fetched_BPkD: Tensor, found_BPk: Tensor) -> None:
+        """Give each query slots that it alone sees, where `found_BPk`. They stand before all others in time, the last at -1. The slots of a
+        segment's only query are like all others: then decoding knows of one kind."""
+        before_BPk = -found_BPk.flip(-1).cumsum(-1).flip(-1)
+        if found_BPk.shape[1] != 1:
+            self.own = Fetched(fetched_BPkD, before_BPk, found_BPk)
+            return
+        self.memory_BSD = torch.cat([self.memory_BSD, fetched_BPkD[:, 0]], dim=1)
+        self.position_BS = torch.cat([self.position_BS, before_BPk[:, 0]], dim=1)
+        self.visible_BPS = torch.cat([self.visible_BPS, found_BPk], dim=2)
 
 
 @dataclass
@@ -86,8 +96,24 @@ class DecoderLayer(nn.Module):
         query = self.cross_attention.query(x_QTD[memory.query_BP.flatten()].view(batch, places * steps, -1))
         query = rotate(query, memory.position_BP.repeat_interleave(steps, dim=1))
         mask = memory.visible_BPS.repeat_interleave(steps, dim=1)[:, None]
-        mixed = self.cross_attention.mix(query, *key_value, mask)
+        if memory.own is None:
+            mixed = self.cross_attention.mix(query, *key_value, mask)
+        else:
+            mixed = self.cross_attention.merge(self._with_own(query, *key_value, mask, memory.own))
         return mixed.view(batch, places, steps, -1)[memory.real_BP]
+
+    def _with_own(self, query_BHxE: Tensor, key_BHSE: Tensor, value_BHSE: Tensor, mask_B1xS: Tensor, own: Fetched) -> Tensor:
+        """One softmax over the slots that queries share and those that each has for itself (x = P · T): memory for S + k slots a query,
+        where keys side by side would take S + P · k."""
+        places, slots = own.visible_BPk.shape[1:]
+        key, value = self.cross_attention.key_value(own.memory_BPkD.flatten(1, 2))
+        key, value = (each.unflatten(2, (places, slots)) for each in (rotate(key, own.position_BPk.flatten(1)), value))
+        query_BHPTE = query_BHxE.unflatten(2, (places, -1))
+        apart_BHPTk = (query_BHPTE @ key.transpose(-1, -2)).masked_fill(~own.visible_BPk[:, None, :, None], -torch.inf)
+        shared_BHxS = (query_BHxE @ key_BHSE.transpose(-1, -2)).masked_fill(~mask_B1xS, -torch.inf)
+        score = torch.cat([shared_BHxS, apart_BHPTk.flatten(2, 3)], dim=-1) / query_BHxE.shape[-1] ** 0.5
+        shared_BHxS, apart_BHxk = score.softmax(-1).split([key_BHSE.shape[2], slots], dim=-1)
+        return shared_BHxS @ value_BHSE + (apart_BHxk.unflatten(2, (places, -1)) @ value).flatten(2, 3)
 
     def cross_key_value(self, memory: Memory) -> tuple[Tensor, Tensor]:
         key, value = self.cross_attention.key_value(memory.memory_BSD)

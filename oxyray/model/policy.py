@@ -256,8 +256,8 @@ class Policy(nn.Module):
             best_BPk, found_BPk = most_like(self._asked(told)[memory.query_BP], like_OD[index_BO], seen_BPO, self.config.retrieval.top)
             event_OD = item_UD[batch.older_item_O] + self.action(batch.older_action_O) + self.event_scenario(batch.older_scenario_O)
             event_Bx = index_BO.gather(1, best_BPk.flatten(1))
-            fetched_BxD = self.input_norm(event_OD[event_Bx])
-        memory.append(fetched_BxD, found_BPk)
+            fetched_BPkD = self.input_norm(event_OD[event_Bx]).unflatten(1, best_BPk.shape[1:])
+        memory.fetch(fetched_BPkD, found_BPk)
 
     def _start(self, batch: Batch, memory: Memory, told: Told) -> Tensor:
         """What every decoder token starts from: where the history stands (the memory of the last event that the query sees), and the
