@@ -16,7 +16,7 @@ from oxyray.config.align import AlignConfig, ObjectiveConfig
 from oxyray.config.cluster import ClusterConfig, TrackingConfig
 from oxyray.config.data import MALL_ITEMS, DataConfig, MallConfig, SidConfig
 from oxyray.config.evaluate import EvaluateConfig, RecommendConfig, SasrecConfig
-from oxyray.config.model import GenerateConfig, InstructionConfig, ModelConfig, MoEConfig, RetrievalConfig
+from oxyray.config.model import ContextConfig, GenerateConfig, InstructionConfig, ModelConfig, MoEConfig, RetrievalConfig
 from oxyray.config.plain import from_dict, need, to_dict
 from oxyray.config.reward import RewardConfig
 from oxyray.config.train import CourseConfig, OptimConfig, RankConfig, RankerConfig, TrainConfig
@@ -76,6 +76,7 @@ __all__ = [
     "AlignConfig",
     "ClusterConfig",
     "Config",
+    "ContextConfig",
     "CourseConfig",
     "DataConfig",
     "EvaluateConfig",

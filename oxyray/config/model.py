@@ -84,15 +84,35 @@ class MoEConfig:
 
 
 @dataclass(kw_only=True)
+class ContextConfig:
+    """What the layers of a lazy decoder look at (OneRec-V2): keys and values made once of the user's tokens, without an encoder.
+
+    sets: sets of keys and values; the decoder's layers share them out among themselves
+    groups: heads of each set; must divide model.heads. Several heads of a query look at one of them
+    apart: keys and values are projections apart; else one is both
+    """
+
+    sets: int = 1
+    groups: int = 1
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("sets", "groups"):
+            need(getattr(self, name) >= 1, f".{name}", f"must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
-    """The policy (paper 2.3.3): encoder over history and profile, decoder over `BOS, instruction, s1..sL`.
+    """The policy (paper 2.3.3): encoder over history and profile, decoder over `BOS, instruction, s1..sL`. With `backbone` lazy the decoder
+    does all the work, and looks at what `context` makes of the user's tokens (OneRec-V2).
 
     `head` is what scores a code: `tied` scores a prefix's children with vectors tied to the items below them (needs every item's vector in
     each step: catalogues to some 200k items), `codes` has one output vector per level and code (any catalogue).
 
+    backbone: encoder_decoder or lazy
     width: size of a token's vector
     heads: attention heads; must divide width
-    encoder_layers: layers over history and profile
+    encoder_layers: layers over history and profile; a lazy backbone has none
     decoder_layers: layers over the generated codes
     hidden: inner size of the feed-forward part
     dropout: share of activations dropped in training
@@ -107,6 +127,7 @@ class ModelConfig:
     distill: weight of the codes' cross-entropy to the item-level softmax (tied head, item_negatives=0); 0 turns it off
     """
 
+    backbone: Literal["encoder_decoder", "lazy"] = "encoder_decoder"
     width: int = 64
     heads: int = 4
     encoder_layers: int = 2
@@ -125,6 +146,7 @@ class ModelConfig:
     instruction: InstructionConfig = field(default_factory=InstructionConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
 
     @property
     def calm(self) -> ModelConfig:
@@ -138,6 +160,14 @@ class ModelConfig:
         mend = f"set model.width={max(1, round(self.width / pair)) * pair}"
         need(self.width % self.heads == 0, "model.heads", f"{self.heads} heads do not divide model.width={self.width}: {mend}")
         need(self.width % pair == 0, "model.heads", f"model.width={self.width} / {self.heads} heads is odd, and must be even: {mend}")
+        if self.backbone == "lazy":
+            need(
+                self.heads % self.context.groups == 0,
+                "model.context.groups",
+                f"must divide model.heads={self.heads}, got {self.context.groups}",
+            )
+            most = self.decoder_layers
+            need(self.context.sets <= most, "model.context.sets", f"model.decoder_layers={most} share them out, got {self.context.sets}")
         need(self.row_dim % 4 == 0, "model.row_dim", f"must be a multiple of 4 (an embedding kernel's rule), got {self.row_dim}")
         need(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), got {self.dropout}")
         need(self.item_loss >= 0, "model.item_loss", f"must be 0 or more, got {self.item_loss}")

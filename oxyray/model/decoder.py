@@ -1,4 +1,4 @@
-"""Decoder over `BOS, instruction, s1..sL`, cross-attending to the encoder's memory.
+"""Decoder over `BOS, instruction, s1..sL`, cross-attending to the encoder's memory, or to the context that a lazy decoder has in its place.
  Two ways through the same weights, held equal by a test. `forward` runs all queries of a batch with teacher forcing. `start` and `advance`
 decode K beams a request: cross-attention keys and values are made once a request and never expanded; the prompt's keys and values are
 shared by all beams; each beam owns only those of its generated tokens, gathered by ancestry.
@@ -13,20 +13,21 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from oxyray.config import ModelConfig
+from oxyray.model.context import KeyValue
 from oxyray.model.layers import Attention, Dropout, RMSNorm, Tensor, rotate
 from oxyray.model.moe import feed_forward
 
 
 @dataclass
 class Fetched:
-    """k slots that each query has for itself; `visible_BPk` marks those that exist."""
+    """k slots that each query has for itself; `visible_BPk` marks those that exist. `sets` as of Memory, for all P · k slots."""
 
     memory_BPkD: Tensor
     position_BPk: Tensor
     visible_BPk: Tensor
+    sets: list[KeyValue] | None = None
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Memory:
     visible_BPS: Tensor
     position_BP: Tensor
     own: Fetched | None = None
+    sets: list[KeyValue] | None = None  # of a lazy decoder: keys and values that its layers share
 
     def fetch(self, fetched_BPkD: Tensor, found_BPk: Tensor) -> None:
         """Give each query slots that it alone sees, where `found_BPk`. They stand before all others in time, the last at -1. The slots of a
@@ -72,11 +74,13 @@ class BeamState:
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, place: int) -> None:
         super().__init__()
+        lazy = config.backbone == "lazy"
+        self.set = place * config.context.sets // config.decoder_layers
         self.norm_self, self.norm_cross, self.norm_mlp = RMSNorm(config.width), RMSNorm(config.width), RMSNorm(config.width)
         self.self_attention = Attention(config.width, config.heads, 0.0)
-        self.cross_attention = Attention(config.width, config.heads, 0.0)
+        self.cross_attention = Attention(config.width, config.heads, 0.0, own_keys=not lazy)
         self.mlp = feed_forward(config)
         self.dropout = Dropout(config.dropout)
 
@@ -86,7 +90,7 @@ class DecoderLayer(nn.Module):
     def prefill(self, x_QTD: Tensor, memory: Memory) -> tuple[Tensor, BeamState]:
         """All tokens at once: (Q, T, D), and the keys and values that were made on the way."""
         normed = self.norm_self(x_QTD)
-        own, cross = self.self_attention.key_value(normed), self.cross_key_value(memory)
+        own, cross = self.self_attention.key_value(normed), self._keys(memory.memory_BSD, memory.position_BS, memory.sets)
         x_QTD = x_QTD + self.dropout(self.self_attention.mix(self.self_attention.query(normed), *own, causal=True))
         x_QTD = x_QTD + self.dropout(self._cross(self.norm_cross(x_QTD), memory, cross))
         return x_QTD + self.dropout(self.mlp(self.norm_mlp(x_QTD))), BeamState(cross, own, [])
@@ -106,8 +110,9 @@ class DecoderLayer(nn.Module):
         """One softmax over the slots that queries share and those that each has for itself (x = P · T): memory for S + k slots a query,
         where keys side by side would take S + P · k."""
         places, slots = own.visible_BPk.shape[1:]
-        key, value = self.cross_attention.key_value(own.memory_BPkD.flatten(1, 2))
-        key, value = (each.unflatten(2, (places, slots)) for each in (rotate(key, own.position_BPk.flatten(1)), value))
+        key_BHSE, value_BHSE = (self._all_heads(each) for each in (key_BHSE, value_BHSE))
+        apart = self._keys(own.memory_BPkD.flatten(1, 2), own.position_BPk.flatten(1), own.sets)
+        key, value = (self._all_heads(each).unflatten(2, (places, slots)) for each in apart)
         query_BHPTE = query_BHxE.unflatten(2, (places, -1))
         apart_BHPTk = (query_BHPTE @ key.transpose(-1, -2)).masked_fill(~own.visible_BPk[:, None, :, None], -torch.inf)
         shared_BHxS = (query_BHxE @ key_BHSE.transpose(-1, -2)).masked_fill(~mask_B1xS, -torch.inf)
@@ -115,9 +120,15 @@ class DecoderLayer(nn.Module):
         shared_BHxS, apart_BHxk = score.softmax(-1).split([key_BHSE.shape[2], slots], dim=-1)
         return shared_BHxS @ value_BHSE + (apart_BHxk.unflatten(2, (places, -1)) @ value).flatten(2, 3)
 
-    def cross_key_value(self, memory: Memory) -> tuple[Tensor, Tensor]:
-        key, value = self.cross_attention.key_value(memory.memory_BSD)
-        return rotate(key, memory.position_BS), value
+    def _keys(self, memory_BSD: Tensor, position_BS: Tensor, sets: list[KeyValue] | None) -> KeyValue:
+        """Keys, turned to their position, and values of slots."""
+        if sets is not None:
+            return sets[self.set]
+        key, value = self.cross_attention.key_value(memory_BSD)
+        return rotate(key, position_BS), value
+
+    def _all_heads(self, x_BGSE: Tensor) -> Tensor:
+        return x_BGSE.repeat_interleave(self.cross_attention.heads // x_BGSE.shape[1], dim=1)
 
     def step(self, x_BKD: Tensor, state: BeamState, mask_BS: Tensor, position_B1: Tensor) -> Tensor:
         """One generated token for each of K beams; `state.own` already holds the ancestors' tokens in beam order and receives this
@@ -134,15 +145,14 @@ class DecoderLayer(nn.Module):
             mixed = torch.addcmul(mixed, own[..., place, None], value)
         x_BKD = x_BKD + self.self_attention.merge(mixed)
         cross_query = rotate(self.cross_attention.query(self.norm_cross(x_BKD)), position_B1)  # all beams stand at one position
-        mixed = F.scaled_dot_product_attention(cross_query, *state.cross, attn_mask=mask_BS[:, None, None])
-        x_BKD = x_BKD + self.cross_attention.merge(mixed)
+        x_BKD = x_BKD + self.cross_attention.mix(cross_query, *state.cross, mask_BS[:, None, None])
         return x_BKD + self.mlp(self.norm_mlp(x_BKD))
 
 
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, place) for place in range(config.decoder_layers))
         self.norm = RMSNorm(config.width)
 
     def forward(self, x_QTD: Tensor, memory: Memory) -> Tensor:

@@ -33,7 +33,7 @@ def forward_flops(policy: Policy, batch: Batch) -> dict[str, float]:
     texts = 0 if batch.vector_WF is None else len(batch.vector_WF) * vocab.query * D
     user = batch.segments * config.row_dim * D if policy.user is not None else 0
     pairs = float((length_B * (length_B + 1) / 2 if config.causal_encoder else length_B.square()).sum())
-    encoder = config.encoder_layers * (tokens * (4 * D * D + _feed(policy)) + 2 * D * pairs)
+    encoder = config.encoder_layers * (tokens * (4 * D * D + _feed(policy)) + 2 * D * pairs) if policy.encoder is not None else 0.0
 
     prompt = {"none": 0, "replace": -1, "add": 0}.get(config.instruction.position, 0)
     if config.instruction.position in ("right", "left", "replace"):
@@ -42,11 +42,11 @@ def forward_flops(policy: Policy, batch: Batch) -> dict[str, float]:
     fetched_Q = batch.older_visible_Q.clamp(max=config.retrieval.top).double()
     seen = float((batch.visible_Q + 1).sum() + fetched_Q.sum())
     slots = tokens + float(fetched_Q.sum())
-    layer = queries * steps * (6 * D * D + _feed(policy)) + slots * 2 * D * D
+    layer = queries * steps * (6 * D * D + _feed(policy)) + (slots * 2 * D * D if policy.context is None else 0)
     layer += 2 * D * (queries * steps * (steps + 1) / 2 + steps * seen)
     fuse = 3 * D * D if policy.instruction.fuse is not None and config.instruction.position != "none" else 0
     start = queries * (D * D + (D * D if policy.instruction.carry is not None else 0) + fuse)
-    decoder = start + config.decoder_layers * layer
+    decoder = start + config.decoder_layers * layer + (slots * policy.context.to_sets.weight.numel() if policy.context is not None else 0)
 
     if policy.head.tied:
         path_QL = policy.tree.path_IL[batch.items.ids_U[batch.target_Q]]

@@ -66,11 +66,11 @@ def rotate(x_BHTE: Tensor, position_BT: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention in pieces: `query`, `key_value` and `mix` can be called apart, so that decoding computes each piece once."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, own_keys: bool = True) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.to_q = nn.Linear(width, width, bias=False)
-        self.to_kv = nn.Linear(width, 2 * width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * width, bias=False) if own_keys else None
         self.to_out = nn.Linear(width, width, bias=False)
 
     def query(self, x_BTD: Tensor) -> Tensor:
@@ -79,14 +79,16 @@ class Attention(nn.Module):
 
     def key_value(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> keys and values, each (B, H, S, E)."""
+        assert self.to_kv is not None
         key, value = self.to_kv(x_BSD).chunk(2, dim=-1)
         return self._split(key), self._split(value)
 
     def mix(self, q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Attend and project: (B, T, D). `mask` is True where a query may look."""
+        """Attend and project: (B, T, D). `mask` is True where a query may look. Keys and values may have fewer heads (B, G, S, E): then
+        H / G neighbouring heads of the query look at the same."""
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return self.merge(mixed)
+        grouped = k_BHSE.shape[1] != self.heads
+        return self.merge(F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, mask, dropout, causal, enable_gqa=grouped))
 
     def merge(self, mixed_BHTE: Tensor) -> Tensor:
         return self.to_out(mixed_BHTE.transpose(1, 2).flatten(2))

@@ -16,6 +16,7 @@ from torch import nn
 from oxyray.config import ModelConfig
 from oxyray.data.batch import Batch, pad_index
 from oxyray.errors import CatalogueError, GenerationError
+from oxyray.model.context import Context
 from oxyray.model.decoder import BeamState, Decoder, Memory
 from oxyray.model.encoder import Encoder
 from oxyray.model.head import Head, Tree, ragged_logsumexp, spread
@@ -67,7 +68,9 @@ class Policy(nn.Module):
         self.profile_base = nn.Parameter(torch.randn(D) * 0.05)  # not zero: normalising zeros blows the gradient up
         self.dropout = Dropout(config.dropout)
         self.input_norm = RMSNorm(D)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder = Encoder(config) if config.backbone == "encoder_decoder" else None
+        self.context = Context(config) if config.backbone == "lazy" else None
+        self.decoder = Decoder(config)
         self.state = nn.Linear(D, D, bias=False)
         self.instruction = Instruction(config.instruction, vocab, D)
         apart = self.instruction.no_text is not None and self.items.text is None
@@ -235,12 +238,18 @@ class Policy(nn.Module):
         x_BSD = torch.cat([profile_BD[:, None], event_ND[index_BS]], dim=1)
         real_BS = torch.cat([real_BS.new_ones(len(real_BS), 1), real_BS], dim=1)
         position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device).expand(len(x_BSD), -1)
-        memory_BSD = self.encoder(self.dropout(self.input_norm(x_BSD)), position_BS, real_BS)
+        memory_BSD = self.dropout(self.input_norm(x_BSD))
+        if self.encoder is not None:
+            memory_BSD = self.encoder(memory_BSD, position_BS, real_BS)
         query_BP, real_BP = pad_index(batch.query_offset)
         position_BP = batch.visible_Q[query_BP] + 1
         memory = Memory(memory_BSD, position_BS, query_BP, real_BP, position_BS[:, None] < position_BP[..., None], position_BP)
         if self.config.retrieval.top:  # also where nobody has older events: under ZeRO-3 every process makes the same calls
             self._retrieve(batch, item_UD, told, memory)
+        if self.context is not None:
+            memory.sets = self.context(memory.memory_BSD, memory.position_BS)
+            if memory.own is not None:
+                memory.own.sets = self.context(memory.own.memory_BPkD.flatten(1, 2), memory.own.position_BPk.flatten(1))
         return memory
 
     def _retrieve(self, batch: Batch, item_UD: Tensor, told: Told, memory: Memory) -> None:

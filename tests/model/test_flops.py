@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from oxyray.config import InstructionConfig, MoEConfig, RetrievalConfig
+from oxyray.config import ContextConfig, InstructionConfig, MoEConfig, RetrievalConfig
 from oxyray.model.flops import forward_flops, training_flops
 from tests.model.toys import Toy
 
@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "codes": {"head": "codes", "item_loss": 0.0},
     "two tokens": {"instruction": InstructionConfig(content="concatenated", position="left")},
     "q2i": {"retrieval": RetrievalConfig(q2i=0.4)},
+    "lazy": {"backbone": "lazy", "decoder_layers": 2, "context": ContextConfig(sets=2, groups=1, apart=True)},
     "no instruction": {"instruction": InstructionConfig(position="none"), "user_table": False},
 }
 
@@ -40,7 +41,8 @@ def test_what_torch_multiplies_is_what_is_counted(kind: str) -> None:
     products = sum(flops for op, flops in seen.items() if "attention" not in op)
     D, config, steps = 16, toy.config, toy.policy.instruction.prompt(toy.policy._told(batch, rows_of(toy, batch))).shape[1] + 2
     slots = batch.visible_Q.item() + 1
-    pairs = config.encoder_layers * slots * (slots + 1) / 2 + config.decoder_layers * (steps * (steps + 1) / 2 + steps * slots)
+    encoded = config.encoder_layers * slots * (slots + 1) / 2 if toy.policy.encoder is not None else 0
+    pairs = encoded + config.decoder_layers * (steps * (steps + 1) / 2 + steps * slots)
     children = 0
     if config.head == "tied":
         path = toy.policy.tree.path_IL[batch.items.ids_U[batch.target_Q]][0]
