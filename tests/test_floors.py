@@ -52,3 +52,12 @@ def test_rooms_import_without_what_they_may_not_use(names: list[str], forbidden:
     code = _BLOCKER.format(names=names, forbidden=forbidden)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_wait_has_a_limit() -> None:
+    """No call that waits for another process is without one."""
+    root = Path(__file__).parents[1] / "oxyray"
+    for path in [*root.glob("align/*.py"), *root.glob("cluster/*.py")]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if "ray.get(" in line or "ray.wait(" in line:
+                assert "timeout" in line, f"{path.name}:{number} waits without a limit"

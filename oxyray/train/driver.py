@@ -145,14 +145,15 @@ def _fit(name: str, task: Task, config: Config, run: Run) -> None:
 
 
 def _local_trainer() -> Any:
-    """Train's trainer without the actor that frees places after a dead controller: on a Ray of our own nothing outlives the driver, and
-    that actor asks a dashboard, which is not there, for ten seconds before it ends. Private API of Ray 2.60."""
+    """Train's trainer without two actors. The one that frees places after a dead controller: on a Ray of our own nothing outlives the
+    driver, and it asks a dashboard, which is not there, for ten seconds before it ends. And the one that deals out Ray Data, of which there
+    is none: workers would wait seconds for it. Private API of Ray 2.60."""
     from ray.train.torch import TorchTrainer
 
     class LocalTrainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             made: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-            return [callback for callback in made if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+            return [callback for callback in made if type(callback).__name__ not in ("PlacementGroupCleanerCallback", "DatasetsCallback")]
 
     return LocalTrainer
 

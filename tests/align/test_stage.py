@@ -1,9 +1,10 @@
-"""The stage on a real Ray: whole runs, synchronous and one step off, more processes, and one stopped by a reward that fails."""
+"""The stage on a real Ray: whole runs, synchronous and one step off, more processes, killed and stopped ones, and a reward that fails."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,15 +16,18 @@ from oxyray.align.loop import Course
 from oxyray.align.stage import align
 from oxyray.cluster.start import ray_for
 from oxyray.config import Config, ObjectiveConfig, RewardConfig
-from oxyray.errors import ClusterError, RewardError
+from oxyray.errors import ClusterError, RewardError, Stopped, TrainingError
 from oxyray.files import read_json
 from oxyray.model.inputs import Inputs
 from oxyray.model.saved import model_folder, read_model
 from oxyray.reward.components import Candidates, Shop
 from oxyray.run import Run
+from oxyray.train import checkpoint
 from tests.align.shop import copied, losses, ready_run
+from tests.chaos.victims import ROLES, gone, kill, when_at
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+STEPS = 12
 
 
 class Broken:
@@ -38,7 +42,7 @@ class Broken:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
-    made = ready_run(tmp_path_factory.mktemp("shop"))
+    made = ready_run(tmp_path_factory.mktemp("shop"), steps=STEPS, eval_every_steps=6, save_every_steps=3)
     with ray_for(made.cluster, 6):
         yield made
 
@@ -61,17 +65,17 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_a_run_learns_logs_and_leaves_the_best(config: Config, synchronous: Run) -> None:
     lines = synchronous.metrics("align")
     steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, 7))
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert max(line["drift"] for line in steps) < 1e-4, "in synchronous mode trainer and rollout hold the same weights"
     assert {line["staleness"] for line in steps} == {0}
     told = {"reward/all/click", "reward/home/diversity", "entropy", "distinct", "filled", "gate_under_half", "ratio_q99", "advantage_std"}
     assert told | {"seconds/generate", "seconds/judge", "seconds/learn", "seconds/publish", "restarts/rollout"} <= steps[-1].keys()
     valid = [line for line in lines if "valid_hit" in line]
-    assert [line["step"] for line in valid] == [0, 3, 6]
+    assert [line["step"] for line in valid] == [0, 6, 12]
     outcome = read_json(synchronous.path("align", "outcome.json"))
     assert outcome["best"] == max(line["valid_hit"] for line in valid)
     assert outcome["start"] == valid[0]["valid_hit"]
-    assert outcome["best_step"] in (0, 3, 6)
+    assert outcome["best_step"] in (0, 6, 12)
     about = read_json(synchronous.path("align", "model", "model.json"))
     assert about["aligned_steps"] == outcome["best_step"]
     assert model_folder(synchronous) == synchronous.path("align", "model")
@@ -79,6 +83,43 @@ def test_a_run_learns_logs_and_leaves_the_best(config: Config, synchronous: Run)
     if outcome["best_step"] == 0:
         assert equal(weights(synchronous.path("align", "model")), weights(synchronous.path("pretrain", "model")))
     assert not list(Path("/dev/shm").glob(f"oxyray-*-{os.getpid()}")), "published tables are taken away"
+
+
+def restarts(run: Run) -> dict[str, int]:
+    """The most that a line tells of each role."""
+    lines = [line for line in run.metrics("align") if "loss" in line]
+    return {role: max(line[f"restarts/{role}"] for line in lines) for role in ("rollout", "judge", "learners")}
+
+
+def test_whoever_is_killed_the_run_learns_what_an_undisturbed_one_learns(
+    config: Config, synchronous: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three commands on one run: deaths until they are too many, a stop on request, and the rest."""
+    made, run = copied(config, tmp_path / "run", learners=2, rollouts=2, max_restarts=1)
+    victims = [(2, "rollout"), (3, "judge"), (5, "learner"), (8, "learner")]
+    threads = [when_at(run, step, lambda role=role: kill(role)) for step, role in victims]
+    with pytest.raises(TrainingError, match=r"learners: .* lost .* 1 restarts of the learners"):
+        align(made, run)
+    for thread in threads:
+        thread.join(timeout=10)
+    assert "the learners were started anew and go on from step 3" in capsys.readouterr().out
+    assert restarts(run) == {"rollout": 1, "judge": 1, "learners": 1}
+    assert all(gone(role) for role in ROLES), "nobody is left behind"
+
+    made = dataclasses.replace(made, align=dataclasses.replace(made.align, learners=1, rollouts=1))
+    run.path("align", "progress.json").unlink()
+    asked = when_at(run, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="align: stopped on request after step"):
+        align(made, run)
+    asked.join(timeout=10)
+    found = checkpoint.latest(run.path("align", "checkpoints"))
+    assert found is not None
+    assert 9 <= found.step < STEPS
+    assert not run.path("align", "model").exists()
+
+    align(made, run)
+    assert losses(run) == pytest.approx(losses(synchronous), rel=1e-3), "no candidate was lost, counted twice, or made by other weights"
+    assert read_json(run.path("align", "outcome.json"))["step"] == STEPS
 
 
 def test_more_processes_learn_what_few_do(config: Config, synchronous: Run, tmp_path: Path) -> None:
@@ -91,7 +132,7 @@ def test_one_step_off_is_bounded_and_seen_and_so_is_the_distance_from_the_start(
     made, run = copied(config, tmp_path / "run", staleness=1, objective=ObjectiveConfig(kl=0.1))
     align(made, run)
     lines = [line for line in run.metrics("align") if "loss" in line]
-    assert [line["staleness"] for line in lines] == [0, 1, 1, 1, 1, 1]
+    assert [line["staleness"] for line in lines] == [0] + [1] * (STEPS - 1)
     assert max(line["drift"] for line in lines[1:]) > 1e-3, "weights moved between generation and learning"
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5), "it starts at the supervised policy"
     assert lines[-1]["kl"] > 1e-3

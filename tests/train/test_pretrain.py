@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     made, _ = prepared_run(tmp_path_factory.mktemp("shop"))
     train = TrainConfig(
-        epochs=10, targets_per_step=40, workers=2, eval_requests=20, eval_every_epochs=5, save_every_minutes=0.005, max_restarts=2,
+        epochs=6, targets_per_step=40, workers=2, eval_requests=20, eval_every_epochs=3, save_every_minutes=0.005, max_restarts=2,
         optim=OptimConfig(zero_stage=2),
     )  # fmt: skip
     with one_ray(train.workers):
