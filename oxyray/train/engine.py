@@ -18,6 +18,7 @@ Choices.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -151,6 +152,7 @@ class TrainEngine:
         # Else DeepSpeed compiles a shared-memory collective at the first start: minutes, and a compiler that users may lack. gloo does
         # without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _import_muon()
         module.to(self.device)
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.data, 0)
@@ -219,6 +221,18 @@ class TrainEngine:
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(summed)
         return summed.tolist()
+
+
+def _import_muon() -> None:
+    """DeepSpeed imports its Muon whatever the optimizer is, and that loads torch's compiler, which takes half as long as torch itself.
+    Nobody uses Muon here, so it is imported beforehand, uncompiled. Private names of DeepSpeed 0.19."""
+    from deepspeed.runtime import compiler
+
+    compiles, compiler.compile = compiler.compile, lambda *args, **kwargs: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compiles
 
 
 def schedule(optim: OptimConfig, progress: float) -> float:

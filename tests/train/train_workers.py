@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 HEAVY = ["torch", "torch.distributed", "deepspeed", "torchrec", "torchrec.distributed.embedding", "torchrec.distributed.sharding_plan"]
-HEAVY += ["deepspeed.runtime.zero.muon.muon_optimizer"]  # asked for by every `deepspeed.initialize`, and slow to import
 HEAVY += ["oxyray.train.session", "oxyray.align.learner", "oxyray.align.rollout"]
 
 
