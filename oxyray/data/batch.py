@@ -1,11 +1,13 @@
 """A batch: stretches of users' histories and the requests asked along them, as jagged tensors.
- One *segment* is a stretch of one user's events in time order. One *query* is a request at a point of that stretch: it sees the user's
+
+One *segment* is a stretch of one user's events in time order. One *query* is a request at a point of that stretch: it sees the user's
 profile and the first `visible` events of its segment, never its own event or a later one. Training asks a query at every event of a segment
 in one pass; serving asks one query behind the last event. So training, evaluation, rollouts and serving share one form.
 
 Item features travel in an `ItemBlock`: the batch's item indices point into it, not into the catalogue. With the tied head the block is the
 whole catalogue; else the batch's distinct items.
- What a user typed is a *text*; the batch's distinct ones come as vectors.
+
+What a user typed is a *text*; the batch's distinct ones come as vectors.
 
 Legend: B segments, N history events of all segments, O older events of all segments, Q queries, U items of the block, W texts, L SID
 levels, C side features, F text width, P profile columns.

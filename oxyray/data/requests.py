@@ -1,5 +1,6 @@
 """Events of one part to requests: who asked, what could be known then, what was taken.
- The one rule about time lives here. A request becomes history when it is over (its last event's time); a request may see those requests of
+
+The one rule about time lives here. A request becomes history when it is over (its last event's time); a request may see those requests of
 its user that were over when it began, and never itself. On data without request ids each event is a request of its own, and equal times
 keep their stored order.
 

@@ -1,5 +1,6 @@
 """Training data as a stream of optimizer steps.
- The plan of an epoch (which segments form which step) depends on the seed and the epoch alone. Workers and micro-batches take slices of a
+
+The plan of an epoch (which segments form which step) depends on the seed and the epoch alone. Workers and micro-batches take slices of a
 step, so the sample order is the same for any number of them, and a run resumes from two numbers, `{"epoch", "step"}`, without repeating or
 losing a step. One part file is in memory at a time.
 """

@@ -1,8 +1,10 @@
 """Decoder over `BOS, instruction, s1..sL`, cross-attending to the encoder's memory, or to the context that a lazy decoder has in its place.
- Two ways through the same weights, held equal by a test. `forward` runs all queries of a batch with teacher forcing. `start` and `advance`
+
+Two ways through the same weights, held equal by a test. `forward` runs all queries of a batch with teacher forcing. `start` and `advance`
 decode K beams a request: cross-attention keys and values are made once a request and never expanded; the prompt's keys and values are
 shared by all beams; each beam owns only those of its generated tokens, gathered by ancestry.
- Legend: B segments or requests, Q queries, P queries a segment (padded), T decoder tokens, K beams, S memory slots, H heads, E head width,
+
+Legend: B segments or requests, Q queries, P queries a segment (padded), T decoder tokens, K beams, S memory slots, H heads, E head width,
 D width.
 """
 
@@ -32,10 +34,8 @@ class Fetched:
 
 @dataclass
 class Memory:
-    """What queries look at: encoder output, which slots a query may see, and where the query stands in time.
-
-    `slot_QP` style indices are avoided: `query_BP` holds rows of the flat query axis, `real_BP` marks those that exist.
-    """
+    """What queries look at: encoder output, which slots a query may see, and where the query stands in time. `query_BP` are the queries of
+    each segment as rows of the flat query axis; `real_BP` marks those that exist."""
 
     memory_BSD: Tensor
     position_BS: Tensor

@@ -1,7 +1,9 @@
 """The policy: from a batch and its looked-up rows to losses, or to the state that beam search advances (paper 2.3).
- It never looks a row up itself: `policy(batch, rows)` gets the rows of `batch.lookups()`, wherever the tables live. It knows the catalogue
+
+It never looks a row up itself: `policy(batch, rows)` gets the rows of `batch.lookups()`, wherever the tables live. It knows the catalogue
 only as the prefix index it is bound to.
- Legend: B segments, N history events, Q queries, P queries a segment (padded), S memory slots, T decoder tokens, K beams, U items of the
+
+Legend: B segments, N history events, Q queries, P queries a segment (padded), S memory slots, T decoder tokens, K beams, U items of the
 batch, L levels, D width.
 """
 

@@ -1,5 +1,6 @@
 """Embedding tables as plain tensors: what serving, rollouts and evaluation read, and the file form that training writes.
- The policy never looks a row up: it is given the rows of `batch.lookups()`. In training they come from sharded tables
+
+The policy never looks a row up: it is given the rows of `batch.lookups()`. In training they come from sharded tables
 (`oxyray.train.sparse`), elsewhere from `PlainTables`, which needs nothing but torch. Choices: a row's first value depends on seed, table
 name and row number alone, so it is the same for any number of shards; an id below 0 means "none" and gives a row of zeros; files are
 safetensors, written block by block, so that a table larger than memory can be exported.
