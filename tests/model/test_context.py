@@ -14,7 +14,7 @@ from oxyray.config import ContextConfig, ModelConfig, RetrievalConfig
 from oxyray.data.requests import Segments, training_segments
 from oxyray.errors import ConfigError
 from oxyray.model.layers import rotate
-from tests.model.test_retrieval import hidden
+from tests.model.test_retrieval import decodes_as_trained, hidden
 from tests.model.toys import Toy
 
 CONTEXTS = [ContextConfig(), ContextConfig(sets=2, groups=2, apart=True), ContextConfig(sets=2)]
@@ -75,14 +75,7 @@ def test_each_query_of_a_stretch_is_answered_as_if_asked_alone(retrieval: Retrie
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_decoding_step_by_step_equals_the_training_pass(context: ContextConfig) -> None:
-    toy = lazy(context)
-    batch = toy.request_batch(np.arange(1, 24, 3))
-    batch.weight_Q = torch.ones_like(batch.weight_Q)
-    rows = toy.lookup(batch.lookups())
-    paths = toy.policy.tree.path_IL[batch.items.ids_U[batch.target_Q]][:, None]
-    assert -toy.policy.logprob(batch, rows, paths).sum().item() == pytest.approx(
-        float(toy.policy.loss(batch, rows).parts["ntp"]), rel=1e-12
-    )
+    decodes_as_trained(lazy(context))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,17 @@ def hidden(toy: Toy, batch: Batch) -> torch.Tensor:
     return toy.policy.decoder(x_QTD, memory)[:, -1]
 
 
+def decodes_as_trained(toy: Toy) -> None:
+    """Token by token the policy gives what its training pass gave."""
+    batch = toy.request_batch(np.arange(1, 24, 3))
+    batch.weight_Q = torch.ones_like(batch.weight_Q)
+    rows = toy.lookup(batch.lookups())
+    paths = toy.policy.tree.path_IL[batch.items.ids_U[batch.target_Q]][:, None]
+    assert -toy.policy.logprob(batch, rows, paths).sum().item() == pytest.approx(
+        float(toy.policy.loss(batch, rows).parts["ntp"]), rel=1e-12
+    )
+
+
 def test_the_most_like_are_those_of_a_loop_in_time_order_and_never_padding() -> None:
     torch.manual_seed(0)
     query_BPD, older_BOD, seen_BPO = torch.randn(4, 3, 5), torch.randn(4, 9, 5), torch.rand(4, 3, 9) < 0.4
@@ -85,13 +96,7 @@ def test_what_is_fetched_is_what_is_most_like_the_request_and_nothing_later() ->
 def test_decoding_step_by_step_equals_the_training_pass(users: int) -> None:
     """With 30 users few have older events: some batches have none at all."""
     toy = fetching(users=users)
-    batch = toy.request_batch(np.arange(1, 24, 3))
-    batch.weight_Q = torch.ones_like(batch.weight_Q)
-    rows = toy.lookup(batch.lookups())
-    paths = toy.policy.tree.path_IL[batch.items.ids_U[batch.target_Q]][:, None]
-    assert -toy.policy.logprob(batch, rows, paths).sum().item() == pytest.approx(
-        float(toy.policy.loss(batch, rows).parts["ntp"]), rel=1e-12
-    )
+    decodes_as_trained(toy)
 
 
 def test_what_was_fetched_has_no_gradient() -> None:
