@@ -1,4 +1,4 @@
-"""Write launch/requirements-{cpu,cuda,test}.txt anew: every package that pyproject.toml's pins need, at one version, with hashes.
+"""Write launch/requirements-{cpu,cuda,test,uv}.txt anew: every package that pyproject.toml's pins need, at one version, with hashes.
 
     python -m pip install uv packaging && python launch/lock.py
 
@@ -23,6 +23,7 @@ from packaging.utils import parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHREC = "torchrec==1.8.0"
+UV = "uv==0.13.9"  # installs the lists
 _CUDA_ONLY = re.compile(r"^(torch|triton|nvidia-.*|cuda-.*)$")
 _LINUX = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "platform_machine": "x86_64"}
 _PYTHONS = {"cp311": 11, "cp312": 12}
@@ -39,6 +40,7 @@ def main() -> None:
     _write("cuda", cuda + torchrec)
     known = {p["name"] for p in cpu}
     _write("test", [p for p in test if p["name"] not in known])
+    _write("uv", _packages([UV], [], no_deps=True))
 
 
 def _resolve(extras: list[str], upgrade: bool) -> list[dict[str, Any]]:

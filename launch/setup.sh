@@ -25,6 +25,15 @@ pip_install() {  # quiet, as pip warns of what is meant (torchrec's own list); w
   fi
 }
 
+# A whole list by uv, which does pip's work in a fifth of the time; by pip where uv cannot be had or cannot reach what pip can.
+install_list() {
+  if [ ! -x "$VENV/bin/uv" ]; then
+    "$VENV/bin/pip" install --retries 0 --timeout 10 --no-deps --require-hashes -r "$ROOT/launch/requirements-uv.txt" >"$VENV/setup.log" 2>&1 || true
+  fi
+  "$VENV/bin/uv" pip install --python "$VENV/bin/python" --no-deps --require-hashes -r "$1" >"$VENV/setup.log" 2>&1 ||
+    pip_install --no-deps --require-hashes -r "$1"
+}
+
 device() {
   if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda; else echo cpu; fi
 }
@@ -61,12 +70,12 @@ layer() {
     "$python" -m venv --clear "$VENV" || fail "could not make $VENV: is there space on the disk?"
   fi
   say "installing launch/$(basename "$list"): $(grep -c '^[a-z]' "$list") packages"
-  DS_BUILD_OPS=0 pip_install --no-deps --require-hashes -r "$list"
+  DS_BUILD_OPS=0 install_list "$list"
   if [ "$name" = run ]; then
     if [ "$device" = cpu ]; then install_torch_cpu; fi
     pip_install --no-deps --no-build-isolation --editable "$ROOT"
   fi
-  # pip compiles on one core; some files of some packages are templates, or of another Python, and do not compile.
-  "$VENV/bin/python" -m compileall -qq -j 0 "$VENV/lib" >>"$VENV/setup.log" 2>&1 || true
+  # Compiled here, on all cores; what is hardly ever imported is left out. Some files are templates, or of another Python, and do not compile.
+  "$VENV/bin/python" -m compileall -qq -j 0 -x '/tests?/|/transformers/models/|/sympy/(physics|plotting)/' "$VENV/lib" >>"$VENV/setup.log" 2>&1 || true
   printf '%s\n' "$want" >"$mark"
 }

@@ -39,7 +39,7 @@ class Stage:
 
     `form` rises when the stage comes to write something else from the same settings. `beside` are folders that it writes besides its own.
     `settings` are the configuration keys that decide the result, less those in `speed`. It needs the stages in `reads`, and uses those in
-    `uses` where they have been made.
+    `uses` where they have been made. A stage that is not `wanted` by the configuration is nobody's business.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Stage:
     settings: tuple[str, ...] = ()
     speed: tuple[str, ...] = ()
     files: Callable[[Config], list[Path]] = lambda config: []
+    wanted: Callable[[Config], bool] = lambda config: True
 
     def function(self) -> StageFunction:
         if not isinstance(self.work, str):
@@ -88,12 +89,22 @@ STAGES: tuple[Stage, ...] = (
         files=source_files,
     ),
     Stage(
+        name="fuse",
+        about="train the encoder that joins items' texts and pictures",
+        work="oxyray.train.fuse:fuse",
+        folder="fuse",
+        reads=("prepare",),
+        settings=("fuse", "sid.encoder"),
+        speed=_on_workers("fuse"),
+        wanted=lambda config: config.sid.vectors == "fused",
+    ),
+    Stage(
         name="sid",
         about="give every item its semantic ID",
         work="oxyray.sid.stage:sid",
         folder="sid",
         form=2,
-        reads=("prepare",),
+        reads=("prepare", "fuse"),
         settings=("sid",),
         speed=("sid.batch_items", "sid.workers", "sid.cache_dir"),
     ),
@@ -154,14 +165,18 @@ def run_all(config: Config, stages: Sequence[Stage] = STAGES, say: Callable[[str
     """Every stage in order; fresh ones are skipped. Raises what a stage raises; what earlier stages wrote stays."""
     run = Run(config.run_dir)
     with _alone(run), tracked(config.tracking, run, to_dict(config)), one_ray(config.processes):
-        for number, stage in enumerate(stages, 1):
-            _run(stage, config, run, stages, f"[{number}/{len(stages)}] ", say)
+        wanted = [stage for stage in stages if stage.wanted(config)]
+        for number, stage in enumerate(wanted, 1):
+            _run(stage, config, run, stages, f"[{number}/{len(wanted)}] ", say)
 
 
 def run_one(name: str, config: Config, stages: Sequence[Stage] = STAGES, say: Callable[[str], None] = print) -> None:
     """One stage, if it is not fresh. RunError when an earlier stage is missing or was made with other settings."""
     run = Run(config.run_dir)
     stage = _named(name, stages)
+    if not stage.wanted(config):
+        say(f"{name}: not wanted by this configuration, nothing is done")
+        return
     with _alone(run), tracked(config.tracking, run, to_dict(config)):
         _need_earlier(stage, config, run, stages)
         _run(stage, config, run, stages, "", say)
@@ -172,6 +187,8 @@ def plan(config: Config, names: Sequence[str], stages: Sequence[Stage] = STAGES)
     run = Run(config.run_dir)
     steps: list[tuple[str, str | None]] = []
     for stage in (_named(name, stages) for name in names):
+        if len(names) > 1 and not stage.wanted(config):
+            continue
         remade = [name for name, why in steps if why is not None and name in stage.reads + stage.uses]
         why = "asked for by force=true" if config.force else why_stale(stage, config, run)
         steps.append((stage.name, why or (f"{remade[0]} is made anew" if remade else None)))
@@ -187,15 +204,16 @@ def borrow(base: Run, run: Run, config: Config, name: str, stages: Sequence[Stag
     """Link into `run` what `base` holds, what fits `config`, and what `name` (a stage, or `run`) would otherwise make or miss. Gives the
     names.
 
-    A sweep's jobs share prepared data and semantic IDs this way. A stage that a job makes anew replaces the job's link, never the base's
-    files.
+    A sweep's jobs share prepared data and semantic IDs this way, or a whole policy. A stage that a job makes anew replaces the job's link,
+    never the base's files.
     """
-    wanted = [stage.name for stage in stages] if name == "run" else list(_named(name, stages).reads)
+    wanted = [stage.name for stage in stages] if name == "run" else [*_before(name, stages), *([] if config.force else [name])]
     borrowed: list[str] = []
     if run.folder == base.folder or (config.force and name == "run"):
         return borrowed
     for stage in (_named(each, stages) for each in wanted):
-        fits = why_stale(stage, config, base) is None and set(stage.reads) <= set(borrowed)
+        same_ground = all(_made(earlier, run) == _made(earlier, base) for earlier in stage.reads)
+        fits = same_ground and why_stale(stage, config, base) is None
         if not fits or _stamp_path(stage.name, run).exists():
             continue
         for folder in (stage.folder, *stage.beside):
@@ -205,6 +223,13 @@ def borrow(base: Run, run: Run, config: Config, name: str, stages: Sequence[Stag
         write_json(_stamp_path(stage.name, run), read_json(_stamp_path(stage.name, base)))
         borrowed.append(stage.name)
     return borrowed
+
+
+def _before(name: str, stages: Sequence[Stage]) -> list[str]:
+    """The stages that this one reads, and that these read, in order."""
+    reads = _named(name, stages).reads
+    needed = {*reads, *(earlier for each in reads for earlier in _before(each, stages))}
+    return [stage.name for stage in stages if stage.name in needed]
 
 
 def why_stale(stage: Stage, config: Config, run: Run, *, check_files: bool = True) -> str | None:
@@ -255,6 +280,8 @@ def _run(stage: Stage, config: Config, run: Run, stages: Sequence[Stage], counte
 
 def _need_earlier(stage: Stage, config: Config, run: Run, stages: Sequence[Stage]) -> None:
     for earlier in (_named(name, stages) for name in stage.reads + stage.uses):
+        if not earlier.wanted(config):
+            continue
         why = why_stale(earlier, config, run, check_files=False)
         if why == "not made yet" and earlier.name in stage.uses:
             continue

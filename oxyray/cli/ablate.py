@@ -1,8 +1,9 @@
 """`oxyray ablate TABLE`: the variants of one of the paper's tables, each with several seeds, by Hydra multirun.
 
 The variants are the choices `ablation=TABLE_*`: `conf/ablation/` says what each changes. Data and semantic IDs are made once, in the base
-run; every job pre-trains a policy and measures it on the test split. What is finished is kept, so the same command goes on where it was
-stopped. Below `RUN/ablation/TABLE` lie the jobs and the table as Markdown, JSON and a picture.
+run (for the table `tokenizer`, which compares them, once a variant); every job pre-trains a policy and measures it on the test split. What
+is finished is kept, so the same command goes on where it was stopped. Below `RUN/ablation/TABLE` lie the jobs and the table as Markdown,
+JSON and a picture.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from oxyray.files import read_json, write_json
 from oxyray.run import Run
 
 TABLES = {
+    "tokenizer": "what semantic IDs are made of (paper, Table 2)",
     "position": "where the instruction stands (paper, Table 5)",
     "composition": "what the instruction holds (paper, Table 6)",
     "retrieval": "query-to-item alignment and instruction-guided retrieval (paper, Table 7)",
@@ -68,7 +70,8 @@ def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None,
     pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "sid")])
     shares = "hydra/launcher=ray" not in shared  # jobs one after the other; else the launcher has a Ray of its own
     with one_ray(config.processes) if shares else nullcontext():
-        failed = sweep("pretrain", swept) | sweep("evaluate", swept)
+        stages = ("fuse", "sid", "pretrain", "evaluate") if table == "tokenizer" else ("pretrain", "evaluate")
+        failed = max([sweep(stage, swept) for stage in stages])
     variants = axes["ablation"].split(",")
     rows = collected(folder, table, variants)
     (folder / "table.md").write_text(markdown(table, rows))
@@ -87,12 +90,15 @@ def _variants(table: str, config_dir: Path | None) -> str:
 def collected(folder: Path, table: str, variants: Sequence[str]) -> list[Row]:
     """What the jobs below `folder` measured, in the order of `variants`; those that failed are left out. Raises RunError without any."""
     found: dict[str, list[Results]] = {name.removeprefix(f"{table}_"): [] for name in variants}
+    quality: dict[str, list[Results]] = {name: [] for name in found}
     for job in json.loads((folder / "sweep.json").read_text()):
         results = Path(job["folder"]) / "evaluate" / "metrics.json"
         variant = next((name for name in found if f"ablation={table}_{name}" in job["words"].split()), None)
         if variant is not None and job["error"] is None and results.is_file():
             found[variant].append(read_json(results))
-    rows = [Row(name, _values(seeds)) for name, seeds in found.items() if seeds]
+            if table == "tokenizer":
+                quality[variant].append(read_json(Path(job["folder"]) / "sid" / "quality.json"))
+    rows = [Row(name, _values(seeds) | _quality(quality[name])) for name, seeds in found.items() if seeds]
     if not rows:
         raise RunError(f"{folder}: no job went well; the messages above say why")
     return rows + (_each_its_own(found) if table == "unified" else [])
@@ -104,6 +110,18 @@ def _values(seeds: list[Results]) -> dict[str, list[float]]:
     return {metric: [_told(results, metric) for results in seeds] for metric in METRICS} | {
         f"HR@10 {name}": [_told(results, "HR@10", name) for results in seeds] for name in (names if len(names) > 1 else ())
     }
+
+
+def _quality(seeds: list[Results]) -> dict[str, list[float]]:
+    """Of semantic IDs: the paper's Table 2, where a table compares them."""
+    if not seeds:
+        return {}
+    figures = {f"coverage {depth + 1}": [each["coverage"][depth] for each in seeds] for depth in range(seeds[0]["levels"])}
+    for name in seeds[0]["purity"]:
+        for by in ("sid", "code_1"):
+            figures[f"purity {name} by {by}"] = [each["purity"][name][by] for each in seeds]
+    figures |= {f"load {name}": [each["load"][name] for each in seeds] for name in ("p25", "p75", "p90")}
+    return figures | {f"left after {level + 1}": [each["left"][level] for each in seeds] for level in range(len(seeds[0]["left"]))}
 
 
 def _each_its_own(found: dict[str, list[Results]]) -> list[Row]:

@@ -1,8 +1,8 @@
 """The jobs of a sweep: each is one command with its own configuration and its own run folder, run here or as a Ray task.
 
 A job never ends a sweep: whatever happens to it becomes an `Outcome`, which is printed as soon as it is known. What the base run folder
-(the configuration's `run_dir`) already holds and fits the job is linked into the job's folder, so a sweep over the policy shares one
-catalogue.
+(the configuration's `run_dir`) or a job beside it already holds and fits the job is linked into the job's folder, so a sweep over the
+policy shares one catalogue.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from oxyray import pipeline
@@ -56,7 +57,8 @@ def run_job(job: Job) -> Outcome:
     try:
         config = job.config()
         if not job.dry_run:
-            pipeline.borrow(Run(job.values["run_dir"]), Run(job.folder), config, job.stage)
+            for holder in (Path(job.values["run_dir"]), *_beside(job)):
+                pipeline.borrow(Run(holder), Run(job.folder), config, job.stage)
         (rehearse if job.dry_run else perform)(job.stage, config)
     except Exception as error:  # a job's failure is its outcome
         known = known_error(error)
@@ -65,6 +67,12 @@ def run_job(job: Job) -> Outcome:
         text = str(known) if known is not None else f"{type(error).__name__}: {error}; {log_hint(job.folder)}"
         outcome = replace(outcome, error=text)
     return replace(outcome, seconds=round(time.time() - started, 1))
+
+
+def _beside(job: Job) -> list[Path]:
+    """The folders of the sweep's other jobs."""
+    folder = Path(job.folder)
+    return sorted(other for other in folder.parent.glob("*") if other.is_dir() and other != folder and (other / "stages").is_dir())
 
 
 def announce(outcome: Outcome) -> None:

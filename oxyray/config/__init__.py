@@ -16,6 +16,7 @@ from oxyray.config.align import AlignConfig, ObjectiveConfig
 from oxyray.config.cluster import ClusterConfig, TrackingConfig
 from oxyray.config.data import MALL_ITEMS, DataConfig, MallConfig, SidConfig
 from oxyray.config.evaluate import EvaluateConfig, RecommendConfig, SasrecConfig
+from oxyray.config.fuse import FuseConfig, FusionConfig
 from oxyray.config.model import ContextConfig, GenerateConfig, InstructionConfig, ModelConfig, MoEConfig, RetrievalConfig
 from oxyray.config.plain import from_dict, need, to_dict
 from oxyray.config.reward import RewardConfig
@@ -35,6 +36,7 @@ class Config:
     seed: int = 7
     force: bool = False
     data: DataConfig
+    fuse: FuseConfig = field(default_factory=FuseConfig)
     sid: SidConfig = field(default_factory=SidConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -69,7 +71,7 @@ class Config:
     def processes(self) -> int:
         """The most processes that a stage has at work at a time."""
         aligning = self.align.learners + self.align.rollouts + self.align.judges
-        return max(self.data.mall.workers, self.sid.workers, self.train.workers, self.rank.workers, aligning)
+        return max(self.data.mall.workers, self.sid.workers, self.fuse.workers, self.train.workers, self.rank.workers, aligning)
 
 
 __all__ = [
@@ -80,6 +82,8 @@ __all__ = [
     "CourseConfig",
     "DataConfig",
     "EvaluateConfig",
+    "FuseConfig",
+    "FusionConfig",
     "GenerateConfig",
     "InstructionConfig",
     "MallConfig",

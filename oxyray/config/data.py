@@ -112,7 +112,7 @@ class SidConfig:
     """Semantic IDs (paper 2.2.2): text vectors, optionally joined with behaviour, quantised by RQ-KMeans into `levels` codes of `width`.
 
     encoder: minilm (from its package) or the path of any Hugging Face text encoder
-    vectors: text alone, or text joined with co-occurrence in the training events
+    vectors: text alone, text joined with co-occurrence in the training events, or fused: of the encoder that the stage `fuse` trains
     behaviour_dim: dimensions of the behaviour part
     behaviour_weight: weight of the behaviour part beside the text part
     pca_dim: dimensions kept by PCA before quantisation; 0 keeps all
@@ -120,7 +120,8 @@ class SidConfig:
     width: codes a level
     iterations: k-means rounds a level
     seed: of k-means and its re-seeded clusters
-    collisions: reassign moves items that share a SID to the nearest free code of the last level; none leaves them
+    collisions: of items that share a SID. reassign moves them to the nearest free code of the last level; extra_level numbers them by one
+        more level; none leaves them
     collision_limit: most error that such a move may leave, in multiples of the mean squared error before the last level
     batch_items: items encoded at a time
     workers: encoding processes (more than 1: Ray Data)
@@ -128,7 +129,7 @@ class SidConfig:
     """
 
     encoder: str = "minilm"
-    vectors: Literal["text", "text_behaviour"] = "text"
+    vectors: Literal["text", "text_behaviour", "fused"] = "text"
     behaviour_dim: int = 128
     behaviour_weight: float = 1.0
     pca_dim: int = 0
@@ -136,7 +137,7 @@ class SidConfig:
     width: int = 256
     iterations: int = 25
     seed: int = 7
-    collisions: Literal["none", "reassign"] = "reassign"
+    collisions: Literal["none", "reassign", "extra_level"] = "reassign"
     collision_limit: float = 4.0
     batch_items: int = 64
     workers: int = 1

@@ -1,10 +1,10 @@
-"""Vectors kept by content: the same text under the same encoder is encoded once on a machine, whatever run asks for it.
+"""Vectors kept by content: the same text or picture under the same encoder is encoded once on a machine, whatever run asks for it.
 
 One folder an encoder identity, in it one folder a write (`keys.npy`, `vectors.npy`), made beside and renamed when whole. Nothing is ever
 changed in place, so any number of processes may read and write at once; two that encode the same text merely store it twice. A write that
 is damaged is named and passed over: its texts are encoded again.
 
-Legend: N texts, F dimensions.
+Legend: N texts or pictures, F dimensions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ Array = np.ndarray
 _log = logging.getLogger(__name__)
 
 
-def text_keys(texts: list[str]) -> Array:
-    """(N, 2) uint64: 128 bits of each text's hash."""
-    joined = b"".join(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest() for text in texts)
+def content_keys(contents: Sequence[str | bytes]) -> Array:
+    """(N, 2) uint64: 128 bits of the hash of each text or picture."""
+    held = (each.encode(errors="surrogatepass") if isinstance(each, str) else each for each in contents)
+    joined = b"".join(hashlib.blake2b(each, digest_size=16).digest() for each in held)
     return np.frombuffer(joined, dtype=np.uint64).reshape(-1, 2)
 
 

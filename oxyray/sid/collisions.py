@@ -1,5 +1,8 @@
-"""Items that share a SID are told apart at the last level: all but the one that its code describes best move to the nearest code that is
-free below the same prefix. The prefix, which carries the meaning, stays; what a move costs in error is bounded.
+"""Items that share a SID are told apart, in one of two ways.
+
+At the last level (`told_apart`): all but the one that its code describes best move to the nearest code that is free below the same prefix.
+The prefix, which carries the meaning, stays; what a move costs in error is bounded. Or by a level more (`numbered`), which means nothing
+and counts the items that share the others.
 
 Legend: N items, F dimensions, L levels, V codes a level, H items that look for a code.
 """
@@ -40,6 +43,22 @@ def told_apart(codes_NL: Array, vectors_NF: Array, codebook: RQKMeans, limit: fl
         codes_NL[homeless_H[settled_H], -1] = code_H[settled_H]
         homeless_H = left_H
     return codes_NL
+
+
+def numbered(codes_NL: Array, width: int, taken_ML: Array | None = None) -> Array:
+    """Codes (N, L + 1): behind the others each item's number among those that share them, in the order of the rows; published SIDs
+    (`taken_ML`, of L + 1 levels) keep theirs, and new items count on. What exceeds `width` keeps the last number, and so a shared SID.
+    """
+    published_ML = np.zeros((0, codes_NL.shape[1] + 1), dtype=codes_NL.dtype) if taken_ML is None else taken_ML
+    _, prefix_A = np.unique(np.concatenate([published_ML[:, :-1], codes_NL]), axis=0, return_inverse=True)
+    prefix_M, prefix_N = np.split(prefix_A.reshape(-1), [len(published_ML)])
+    next_G = np.zeros(prefix_A.max(initial=-1) + 1, dtype=np.int64)
+    np.maximum.at(next_G, prefix_M, published_ML[:, -1].astype(np.int64) + 1)
+    order_N = np.argsort(prefix_N, kind="stable")
+    first_N = np.searchsorted(prefix_N[order_N], prefix_N[order_N])
+    number_N = np.empty(len(codes_NL), dtype=np.int64)
+    number_N[order_N] = np.arange(len(codes_NL)) - first_N + next_G[prefix_N[order_N]]
+    return np.concatenate([codes_NL, np.minimum(number_N, width - 1)[:, None].astype(codes_NL.dtype)], axis=1)
 
 
 def _settle(item_H: Array, key_H: Array, error_H: Array, taken: Array) -> tuple[Array, Array]:

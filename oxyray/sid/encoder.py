@@ -28,7 +28,7 @@ from oxyray.cluster.start import ray_for
 from oxyray.config import ClusterConfig, SidConfig
 from oxyray.errors import ConfigError, DataError, RunError
 from oxyray.progress import bar
-from oxyray.sid.cache import VectorCache, text_keys
+from oxyray.sid.cache import VectorCache, content_keys
 
 Array = np.ndarray
 Pooling = Literal["mean", "first", "last"]
@@ -164,7 +164,7 @@ def encode(texts: list[str], config: SidConfig, cluster: ClusterConfig | None = 
     (the encoder gave NaN), RunError (no vector within the time limit, cluster too small)."""
     folder = encoder_folder(config.encoder)
     cache = VectorCache(config.cache_dir, encoder_identity(folder))
-    keys_N2 = text_keys(texts)
+    keys_N2 = content_keys(texts)
     vectors_NF, known_N = cache.get(keys_N2, vector_size(folder))
     if known_N.all():
         return vectors_NF

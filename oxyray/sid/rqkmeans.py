@@ -64,6 +64,11 @@ class RQKMeans:
             vectors_NF += self.centroids_LVF[level][codes_NL[:, level]]
         return vectors_NF
 
+    def errors(self, vectors_NF: Array, codes_NL: Array) -> Array:
+        """Squared distance of each vector to what its codes stand for: (N,) float64."""
+        left_NF = np.asarray(vectors_NF, dtype=np.float32) - self.reconstruct(codes_NL)
+        return np.einsum("nf,nf->n", left_NF, left_NF, dtype=np.float64)
+
     def save(self, path: Path) -> None:
         with whole(Path(path)) as part, open(part, "wb") as file:
             np.savez(file, centroids_LVF=self.centroids_LVF)

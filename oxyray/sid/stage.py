@@ -1,13 +1,12 @@
 """The stage `sid`: prepared items to semantic IDs. Reads RUN/data, writes RUN/sid whole or not at all.
 
-RUN/sid holds `vectors.npy` (the text vectors, also the model's text input), `catalog/`, `codebook.npz` and `joiner.npz` (with which new
+RUN/sid holds `vectors.npy` (the text vectors, the model's text input), `catalog/`, `codebook.npz` and `joiner.npz` (with which new
 items get their codes), `quality.json` and, where the shop's users type, `queries/` (their texts as vectors). Only training events shape
 behaviour vectors."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,17 @@ import pyarrow as pa
 
 from oxyray.config import Config
 from oxyray.data.prepared import Prepared
-from oxyray.errors import CatalogueError
-from oxyray.files import read_json, whole, write_json
+from oxyray.errors import CatalogueError, RunError
+from oxyray.files import whole, write_json
 from oxyray.run import Run
 from oxyray.sid import rqkmeans
 from oxyray.sid.behaviour import Joiner, behaviour_vectors
 from oxyray.sid.catalog import Catalog
-from oxyray.sid.collisions import told_apart
 from oxyray.sid.encoder import TEXT_COLUMNS, encode, encoder_folder, encoder_identity, item_texts
+from oxyray.sid.pairs import training_events
 from oxyray.sid.quality import quality, table
 from oxyray.sid.queries import QueryVectors, distinct_queries, exposures_file
+from oxyray.sid.tokenizer import errors_at_fit, settled
 
 Array = np.ndarray
 
@@ -47,19 +47,19 @@ def sid(config: Config, run: Run) -> None:
     if settings.vectors == "text_behaviour":
         behaviour_ID = behaviour_vectors(training_events(prepared), items.num_rows, settings.behaviour_dim, settings.seed)
         seconds["behaviour"], clock = time.monotonic() - clock, time.monotonic()
-    joiner = Joiner.fit(text_IF, behaviour_ID, settings.behaviour_weight, settings.pca_dim)
-    vectors_IJ = joiner.apply(text_IF, behaviour_ID)
+    content_IF = fused_vectors(run, items.num_rows) if settings.vectors == "fused" else text_IF
+    joiner = Joiner.fit(content_IF, behaviour_ID, settings.behaviour_weight, settings.pca_dim)
+    vectors_IJ = joiner.apply(content_IF, behaviour_ID)
     fit = rqkmeans.fit(vectors_IJ, levels=settings.levels, width=settings.width, iterations=settings.iterations, seed=settings.seed)
-    codes_NL = fit.codes_NL
-    if settings.collisions == "reassign":
-        codes_NL = told_apart(codes_NL, vectors_IJ, fit.codebook, settings.collision_limit)
+    codes_NL = settled(settings, fit.codes_NL, vectors_IJ, fit.codebook)
     seconds["quantise"] = time.monotonic() - clock
     catalog = Catalog.of(items.column("item_id").to_pylist(), codes_NL, settings.width)
     figures = quality(codes_NL, settings.width, _categories(items)) | {
         "unused": list(fit.unused_L),
         "left": list(fit.left_L),
         "duplicates": fit.duplicates,
-        "moved": int((codes_NL != fit.codes_NL).any(axis=1).sum()),
+        "error": errors_at_fit(fit.codebook, vectors_IJ, fit.codes_NL),
+        "moved": int((codes_NL[:, : settings.levels] != fit.codes_NL).any(axis=1).sum()),
         "version": catalog.version,
         "encoder": {"name": settings.encoder, "identity": encoder_identity(encoder_folder(settings.encoder))},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -85,29 +85,13 @@ def sid(config: Config, run: Run) -> None:
     print(table(figures), flush=True)
 
 
-def code_new_items(config: Config, run: Run, items: pa.Table) -> Catalog:
-    """The run's catalogue with new items appended, coded by its own codebook; saves nothing.
-
-    `items`: canonical columns, as in `items.parquet`. Raises CatalogueError when the encoder is not the one the codebook was made with, or
-    an item is in already."""
-    folder = run.need("sid", stage="sid")
-    made_with, now = read_json(folder / "quality.json")["encoder"]["identity"], encoder_identity(encoder_folder(config.sid.encoder))
-    if made_with != now:
-        raise CatalogueError(f"{folder} was made with encoder {made_with}, sid.encoder={config.sid.encoder} is {now}: set the same encoder")
-    vectors_NJ = Joiner.load(folder / "joiner.npz").apply(encode(item_texts(items), config.sid, config.cluster))
-    codebook, catalog = rqkmeans.RQKMeans.load(folder / "codebook.npz"), Catalog.load(folder / "catalog")
-    codes_NL = codebook.assign(vectors_NJ)
-    if config.sid.collisions == "reassign":
-        codes_NL = told_apart(codes_NL, vectors_NJ, codebook, config.sid.collision_limit, catalog.codes_IL)
-    return catalog.append(items.column("item_id").to_pylist(), codes_NL)
-
-
-def training_events(prepared: Prepared) -> Iterator[tuple[Array, Array]]:
-    """`(user_N, item_N)` of the training events, part by part, each sorted by user and time."""
-    for part in range(prepared.parts):
-        rows = prepared.events(part, ["user", "item", "split"])
-        train = rows["split"] == 0
-        yield rows["user"][train], rows["item"][train]
+def fused_vectors(run: Run, items: int) -> Array:
+    """What the stage `fuse` made of every item: (I, F). Raises RunError where it is missing or of other items."""
+    path = run.need("fuse", "vectors.npy", stage="fuse")
+    vectors_IF: Array = np.load(path, allow_pickle=False)
+    if len(vectors_IF) != items:
+        raise RunError(f"{path} has {len(vectors_IF)} rows for {items} items: run `oxyray fuse` again")
+    return vectors_IF
 
 
 def _categories(items: pa.Table) -> dict[str, list[Any]]:

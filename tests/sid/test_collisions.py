@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oxyray.sid.collisions import told_apart
+from oxyray.sid.collisions import numbered, told_apart
 from oxyray.sid.rqkmeans import RQKMeans
 
 
@@ -88,3 +88,23 @@ def test_nobody_moves_further_than_the_limit() -> None:
     assert moved_by_limit[0] == 0
     assert moved_by_limit == sorted(moved_by_limit)
     assert moved_by_limit[2] > moved_by_limit[1]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30), st.integers(0, 29))
+def test_a_level_more_counts_the_items_that_share_the_others(sids: list[tuple[int, int]], published: int) -> None:
+    codes_NL = np.array(sids, dtype=np.int32)
+    whole = numbered(codes_NL, 64)
+    assert (whole[:, :2] == codes_NL).all()
+    assert len(np.unique(whole, axis=0)) == len(sids)
+    seen: dict[tuple[int, int], int] = {}
+    for sid, number in zip(sids, whole[:, 2], strict=True):
+        assert number == seen.get(sid, 0)
+        seen[sid] = int(number) + 1
+    old, new = whole[:published], codes_NL[published:]  # new items count on where the published ones stopped
+    if len(new):
+        assert (np.concatenate([old, numbered(new, 64, old)]) == whole).all()
+
+
+def test_more_items_than_numbers_share_the_last() -> None:
+    assert numbered(np.zeros((5, 2), dtype=np.int32), 3)[:, 2].tolist() == [0, 1, 2, 2, 2]

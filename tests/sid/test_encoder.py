@@ -16,7 +16,7 @@ import torch
 from oxyray.config import ClusterConfig, SidConfig
 from oxyray.errors import ConfigError, DataError
 from oxyray.sid import encoder as encoder_module
-from oxyray.sid.cache import VectorCache, text_keys
+from oxyray.sid.cache import VectorCache, content_keys
 from oxyray.sid.encoder import TextEncoder, encode, encoder_identity, item_texts, pooling_of, vector_size
 
 TEXTS = [
@@ -185,10 +185,10 @@ def test_damaged_and_foreign_cache_parts_are_passed_over(tiny: Path, tmp_path: P
 WRITER = """
 import sys
 import numpy as np
-from oxyray.sid.cache import VectorCache, text_keys
+from oxyray.sid.cache import VectorCache, content_keys
 cache, pair = VectorCache(sys.argv[1], "x"), sys.argv[2]
 for turn in range(10):
-    keys = text_keys([f"{pair} {turn} {n}" for n in range(20)])
+    keys = content_keys([f"{pair} {turn} {n}" for n in range(20)])
     cache.get(keys, 4)
     cache.put(keys, np.repeat(keys[:, :1] % 1000, 4, axis=1).astype(np.float32))
 """
@@ -198,11 +198,11 @@ def test_many_processes_share_a_cache(tmp_path: Path) -> None:
     """Four writers, pairs of them writing the same texts, all reading meanwhile: in the end all is there and right."""
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(number % 2)]) for number in range(4)]
     assert [writer.wait(timeout=240) for writer in writers] == [0] * 4
-    keys = text_keys([f"{pair} {turn} {n}" for pair in range(2) for turn in range(10) for n in range(20)])
+    keys = content_keys([f"{pair} {turn} {n}" for pair in range(2) for turn in range(10) for n in range(20)])
     vectors, known = VectorCache(tmp_path, "x").get(keys, 4)
     assert known.all()
     assert (vectors == np.repeat(keys[:, :1] % 1000, 4, axis=1)).all()
-    assert not VectorCache(tmp_path, "x").get(text_keys(["never"]), 4)[1].any()
+    assert not VectorCache(tmp_path, "x").get(content_keys(["never"]), 4)[1].any()
 
 
 def test_identity_follows_the_weights_and_the_pooling_not_the_path(tiny: Path, copy: Path) -> None:

@@ -23,6 +23,7 @@ from oxyray.sid.collisions import told_apart
 from oxyray.sid.encoder import encode, item_texts
 from oxyray.sid.quality import quality
 from oxyray.sid.rqkmeans import RQKMeans
+from oxyray.sid.tokenizer import Tokenizer
 
 KINDS = {"Lips": ["lipstick", "lip balm", "lip liner"], "Kitchen": ["frying pan", "whisk", "tea pot"], "Garden": ["spade", "hose", "rake"]}
 COLOURS = ["red", "blue", "green", "black", "white", "golden"]
@@ -129,14 +130,18 @@ def test_new_items_get_codes_of_the_same_codebook_behind_the_old(tmp_path: Path,
     stage.sid(config, run)
     old = Catalog.load(run.path("sid", "catalog"))
     new = pa.table({"item_id": ["n1", "n2"], "title": ["red lipstick", "yellow rake"], "category_1": ["Lips", "Garden"]})
-    grown = stage.code_new_items(config, run, new)
+    encoded = Tokenizer(config, run).encode(new)
+    grown = encoded.catalog
     assert grown.extends(old)
     assert len(grown) == 56
+    assert encoded.drift is not None
+    assert encoded.drift.items == 2
+    assert "new items" in str(encoded.drift)
     if vectors == "text":  # the same text, so the same SID
         twin = Prepared.load(run.path("data")).items.column("title").to_pylist().index("red lipstick")
         assert (grown.codes_IL[54] == old.codes_IL[twin]).all()
     with pytest.raises(CatalogueError, match="'i00' has a SID already"):
-        stage.code_new_items(config, run, pa.table({"item_id": ["i00"], "title": ["x"]}))
+        Tokenizer(config, run).encode(pa.table({"item_id": ["i00"], "title": ["x"]}))
 
 
 def test_new_items_need_the_same_encoder(tmp_path: Path, cache: Path) -> None:
@@ -147,7 +152,7 @@ def test_new_items_need_the_same_encoder(tmp_path: Path, cache: Path) -> None:
     figures["encoder"]["identity"] = "another"
     path.write_text(json.dumps(figures))
     with pytest.raises(CatalogueError, match="set the same encoder"):
-        stage.code_new_items(config, run, pa.table({"item_id": ["n1"], "title": ["x"]}))
+        Tokenizer(config, run).encode(pa.table({"item_id": ["n1"], "title": ["x"]}))
 
 
 def test_what_goes_wrong_leaves_the_earlier_sids(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,144 @@
+"""Attention over documents packed end to end, without padding (paper 2.3): one description of who sees whom, for all masks of the model.
+
+A query sees a stretch of keys that begins where the keys of its document begin. How far the stretch *reaches* is all that differs:
+
+    bidirectional            every key of the document
+    causal                   up to the query's own place
+    prefix, then causal      the same, but no less than the prefix (an instruction whose tokens see one another)
+    cross-attention          as many of the other side's tokens as had come before the query
+
+`attend` works document by document: nothing is computed between two documents, documents of one shape go through one call, and a mask is
+made only where the reach is neither of the first two forms. `mask` is the plain meaning, for tests and for whoever wants to look.
+
+Legend: B documents, Q queries and K keys of all documents, n and m those of one, g documents of one shape, H heads, G heads of keys,
+E head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+Tensor = torch.Tensor
+Form = Literal["full", "causal", "other"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Documents that are computed in one call: those at `rows`, each with `queries` and `keys`."""
+
+    queries: int
+    keys: int
+    form: Form
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """`query_offset_B` and `key_offset_B` are cumulative with a leading 0 (B + 1 long); `reach_Q` is how many of its document's keys each
+    query sees."""
+
+    query_offset_B: Tensor
+    key_offset_B: Tensor
+    reach_Q: Tensor
+
+    @classmethod
+    def bidirectional(cls, offset_B: Tensor) -> Documents:
+        length_B = torch.diff(offset_B)
+        return cls(offset_B, offset_B, length_B.repeat_interleave(length_B))
+
+    @classmethod
+    def causal(cls, offset_B: Tensor, prefix_B: Tensor | None = None) -> Documents:
+        """With `prefix_B`, the first so many tokens of each document see one another."""
+        length_B = torch.diff(offset_B)
+        reach_Q = torch.arange(int(offset_B[-1]), device=offset_B.device) - offset_B[:-1].repeat_interleave(length_B) + 1
+        if prefix_B is not None:
+            reach_Q = torch.maximum(reach_Q, torch.minimum(prefix_B, length_B).repeat_interleave(length_B))
+        return cls(offset_B, offset_B, reach_Q)
+
+    @classmethod
+    def across(cls, query_offset_B: Tensor, key_offset_B: Tensor, reach_Q: Tensor | None = None) -> Documents:
+        """Cross-attention, to all keys of the document where no reach is given."""
+        if reach_Q is None:
+            reach_Q = torch.diff(key_offset_B).repeat_interleave(torch.diff(query_offset_B))
+        return cls(query_offset_B, key_offset_B, reach_Q)
+
+    def mask(self) -> Tensor:
+        """(Q, K): True where a query sees a key."""
+        begin_Q = self.key_offset_B[:-1].repeat_interleave(torch.diff(self.query_offset_B))
+        key_K = torch.arange(int(self.key_offset_B[-1]), device=begin_Q.device)
+        return (key_K >= begin_Q[:, None]) & (key_K < (begin_Q + self.reach_Q)[:, None])
+
+    @cached_property
+    def shapes(self) -> list[Shape]:
+        """Every document in one of them, but those without a query. Costs a look at the offsets, once for all layers."""
+        query_B, key_B = torch.diff(self.query_offset_B), torch.diff(self.key_offset_B)
+        document_Q = torch.repeat_interleave(query_B)
+        place_Q = torch.arange(len(self.reach_Q), device=query_B.device) - self.query_offset_B[document_Q]
+
+        def all_of(true_Q: Tensor) -> Tensor:
+            return torch.ones_like(query_B, dtype=torch.bool).index_put((document_Q[~true_Q],), torch.tensor(False, device=query_B.device))
+
+        full_B, causal_B = all_of(self.reach_Q == key_B[document_Q]), all_of(self.reach_Q == place_Q + 1) & (query_B == key_B)
+        found: dict[tuple[int, int, Form], list[int]] = {}
+        told = zip(query_B.tolist(), key_B.tolist(), full_B.tolist(), causal_B.tolist(), strict=True)
+        for row, (queries, keys, full, causal) in enumerate(told):
+            if queries:
+                found.setdefault((queries, keys, "full" if full else "causal" if causal else "other"), []).append(row)
+        return [Shape(*shape, tuple(rows)) for shape, rows in found.items()]
+
+    @cached_property
+    def order_Q(self) -> Tensor | None:
+        """Where each query stands when shape follows shape; None where that is its own place."""
+        rows = [row for shape in self.shapes for row in shape.rows]
+        if rows == sorted(rows):
+            return None
+        length_B = torch.diff(self.query_offset_B)[rows]
+        start_B = torch.zeros_like(self.query_offset_B[:-1])
+        start_B[rows] = length_B.cumsum(0) - length_B
+        document_Q = torch.repeat_interleave(torch.diff(self.query_offset_B))
+        return torch.arange(len(self.reach_Q), device=start_B.device) - self.query_offset_B[document_Q] + start_B[document_Q]
+
+
+def attend(q_QHE: Tensor, k_KGE: Tensor, v_KGE: Tensor, documents: Documents, dropout: float = 0.0) -> Tensor:
+    """Softmax attention, scaled by 1 / sqrt(E): (Q, H, E). Keys may have fewer heads (H a multiple of G): then H / G neighbouring heads of
+    the query look at the same. A query that sees nothing gets zeros."""
+    heads, width = q_QHE.shape[1:]
+    grouped = k_KGE.shape[1] != heads
+    query_offset, key_offset = documents.query_offset_B.tolist(), documents.key_offset_B.tolist()
+    mixed = []
+    for shape in documents.shapes:
+        q_gHnE = _stacked(q_QHE, query_offset, shape.rows, shape.queries)
+        if shape.keys == 0:
+            mixed.append(q_gHnE.new_zeros(len(shape.rows) * shape.queries, heads, width))
+            continue
+        k_gGmE, v_gGmE = (_stacked(x, key_offset, shape.rows, shape.keys) for x in (k_KGE, v_KGE))
+        mask = _mask(documents, query_offset, shape) if shape.form == "other" else None
+        out_gHnE = F.scaled_dot_product_attention(q_gHnE, k_gGmE, v_gGmE, mask, dropout, shape.form == "causal", enable_gqa=grouped)
+        if mask is not None:
+            out_gHnE = torch.where(mask.any(-1, keepdim=True), out_gHnE, 0)
+        mixed.append(out_gHnE.transpose(1, 2).flatten(0, 1))
+    if not mixed:
+        return q_QHE
+    out_QHE = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+    return out_QHE if documents.order_Q is None else out_QHE[documents.order_Q]
+
+
+def _stacked(x_NHE: Tensor, offset: list[int], rows: tuple[int, ...], length: int) -> Tensor:
+    """The rows' documents, all of one length, as (g, H, n, E): views where they are neighbours."""
+    if len(rows) == rows[-1] - rows[0] + 1:
+        found = x_NHE[offset[rows[0]] : offset[rows[-1] + 1]]
+    else:
+        start_g = torch.tensor([offset[row] for row in rows], device=x_NHE.device)
+        found = x_NHE[(start_g[:, None] + torch.arange(length, device=x_NHE.device)).flatten()]
+    return found.unflatten(0, (len(rows), length)).transpose(1, 2)
+
+
+def _mask(documents: Documents, offset: list[int], shape: Shape) -> Tensor:
+    """(g, 1, n, m)."""
+    reach_gn = torch.stack([documents.reach_Q[offset[row] : offset[row + 1]] for row in shape.rows])
+    return (torch.arange(shape.keys, device=reach_gn.device) < reach_gn[..., None])[:, None]

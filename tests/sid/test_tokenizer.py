@@ -1,0 +1,62 @@
+"""Looking SIDs up and back, and drift."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oxyray.errors import CatalogueError, RunError
+from oxyray.sid import stage
+from oxyray.sid.rqkmeans import fit
+from oxyray.sid.tokenizer import Drift, Tokenizer, errors_at_fit
+from tests.sid.test_stage import cache, made
+
+__all__ = ["cache"]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path, cache: Path) -> Tokenizer:
+    config, run = made(tmp_path, cache)
+    stage.sid(config, run)
+    run.write_config(config)
+    return Tokenizer.load(run.folder)
+
+
+def test_there_and_back(tokenizer: Tokenizer) -> None:
+    ids = list(tokenizer.catalog.item_ids[:5])
+    for item_id, codes in zip(ids, tokenizer.sids(ids), strict=True):
+        assert item_id in tokenizer.items(codes.tolist())
+        below = tokenizer.items(codes[:1].tolist())
+        assert item_id in below
+        assert all(tokenizer.sids([other])[0, 0] == codes[0] for other in below)
+    with pytest.raises(CatalogueError, match="not in catalogue"):
+        tokenizer.sids(["nobody"])
+    with pytest.raises(CatalogueError, match="got 9"):
+        tokenizer.items([0] * 9)
+
+
+def test_a_run_without_sids_is_told(tmp_path: Path, cache: Path) -> None:
+    config, run = made(tmp_path, cache)
+    run.write_config(config)
+    with pytest.raises(RunError, match="oxyray sid"):
+        Tokenizer.load(run.folder)
+
+
+def test_drift_tells_the_same_from_the_moved() -> None:
+    random = np.random.default_rng(4)
+    vectors = random.normal(size=(4000, 8)).astype(np.float32)
+    made = fit(vectors[:2000], levels=2, width=16)
+    then = errors_at_fit(made.codebook, vectors[:2000], made.codes_NL)
+
+    def drift(new: np.ndarray) -> Drift:
+        error = made.codebook.errors(new, made.codebook.assign(new))
+        return Drift(len(new), float(error.mean()) / then["mean"], float((error > then["far"]).mean()))
+
+    same, moved = drift(vectors[2000:]), drift(vectors[2000:] * 0.5 + 3)
+    assert same.far < 0.12
+    assert "fits them" in str(same)
+    assert moved.far > 0.9
+    assert moved.error > 2
+    assert "new semantic IDs" in str(moved)
