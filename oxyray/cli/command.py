@@ -33,6 +33,7 @@ class Command:
     help: bool = False
     multirun: bool = False
     dry_run: bool = False
+    report: bool = False
     version: bool = False
     config_dir: Path | None = None
     run_dir: str | None = None  # known once the configuration is composed; for the hint on where the log is
@@ -70,6 +71,8 @@ def _parse(words: list[str], command: Command) -> None:
             command.multirun = True
         elif word == "--dry-run":
             command.dry_run = True
+        elif word == "--report" and command.name == "sid":
+            command.report = True
         elif word == "--version":
             command.version = True
         elif word == "--config-dir" or word.startswith("--config-dir="):
@@ -109,6 +112,8 @@ def _carry_out(command: Command) -> int:
         _recommend(command)
     elif command.name == "ablate":
         return _ablate(command)
+    elif command.name == "sid" and (command.report or (command.overrides and "=" not in command.overrides[0])):
+        _sid(command)
     else:
         return _stage(command)
     return 0
@@ -165,6 +170,28 @@ def _ablate(command: Command) -> int:
             f"ablate: expected a table first, one of {', '.join(TABLES)}: oxyray ablate position" + (f"; got {table}" if table else "")
         )
     return ablate(table, command.overrides, command.config_dir, command.dry_run)
+
+
+def _sid(command: Command) -> None:
+    """Ask a run about its semantic IDs. Its own saved configuration holds; only where it is and what to ask can be said."""
+    from oxyray.cli.compose import check, compose_values
+    from oxyray.cli.sid import VERBS, ask
+
+    verb = "" if command.report else command.overrides.pop(0)
+    if verb not in VERBS and not command.report:
+        raise ConfigError(f"sid {verb}: expected {' or '.join(VERBS)}, or settings (key=value) of the stage")
+    place = [word for word in command.overrides if word.partition("=")[0] in ("run_dir", "data")]
+    asked = dict(word.split("=", 1) for word in command.overrides if word not in place)
+    run = Run(compose_values(check(place, config_dir=command.config_dir), missing_ok=True)["run_dir"])
+    command.run_dir = str(run.folder)
+    if command.report:
+        from oxyray.evaluate.sid_report import sid_report
+
+        if unknown := [name for name in asked if name != "beside"]:
+            raise ConfigError(f"{unknown[0]}: `oxyray sid --report` takes run_dir or data, and beside=RUN_DIR,RUN_DIR")
+        sid_report(run, [Run(folder) for folder in asked.get("beside", "").split(",") if folder])
+    else:
+        ask(verb, asked, run)
 
 
 def _doctor(command: Command) -> int:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from oxyray.cli.compose import choices, conf_dir
+from oxyray.cli.sid import VERBS
 from oxyray.config.keys import REQUIRED, Key, groups, keys
 from oxyray.pipeline import STAGES
 
 COMMANDS = {
     "run": "all stages in order; what is fresh is skipped",
     "recommend": "recommend to one user: user=... scenario=... k=10 trigger=... query=...",
-    "ablate": "a table of the paper, with seeds: oxyray ablate position | composition | retrieval | scaling",
+    "ablate": "a table of the paper, with seeds: oxyray ablate tokenizer | position | composition | retrieval | unified | masked | scaling",
     "doctor": "check this machine: versions, devices, memory, Ray",
 }
 _OPTIONS = """\
@@ -85,6 +86,10 @@ def stage_page(name: str, values: dict[str, Any] | None = None) -> str:
         lines += [f"Needs, in the same run_dir: {', '.join(stage.reads)}. Writes run_dir/{stage.folder}.", ""]
     if name == "recommend":
         lines += ["Short keys: user, scenario, trigger, query and k. The model is the one in run_dir (or data=NAME, for runs/NAME).", ""]
+    if name == "sid":
+        asked = [(f"oxyray sid {verb}", what) for verb, what in VERBS.items()]
+        asked.append(("oxyray sid --report", "a page to look at; beside=RUN_DIR,RUN_DIR puts other runs' figures beside it"))
+        lines += ["Of a run that has them:", *_columns(asked), ""]
     if name == "run":
         lines += [f"Runs {', '.join(stage.name for stage in STAGES)}.", ""]
     read = _groups_of(name)

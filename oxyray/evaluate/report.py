@@ -5,7 +5,6 @@ It can be written after any stage; what is not there yet is said, with the stage
 
 from __future__ import annotations
 
-import importlib.resources
 from datetime import UTC, datetime
 from html import escape
 from typing import Any
@@ -59,23 +58,10 @@ def render(config: Config, run: Run) -> str:
         ("people", "Ten users"),
         ("about", "How it was made"),
     )
-    style = importlib.resources.files("oxyray.evaluate").joinpath("report.css").read_text()
-    written = datetime.now(UTC).strftime("%d %b %Y, %H:%M UTC")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,"><title>{escape(name)} - OxyRay report</title>
-<style>{style}</style>
-</head>
-<body><main>
-<header><div class="kicker">OxyRay report</div><h1>{escape(name)}</h1><p class="lead">{escape(report_results.verdict(results))}</p>
+    header = f"""<div class="kicker">OxyRay report</div><h1>{escape(name)}</h1><p class="lead">{escape(report_results.verdict(results))}</p>
 {report_results.header_tiles(meta, results)}
-<nav>{"".join(f'<a href="#{key}">{title}</a>' for key, title in links)}</nav></header>
-{"".join(body)}
-<footer>Written {written} from {escape(run.folder.name)}.</footer>
-</main></body></html>
-"""
+<nav>{"".join(f'<a href="#{key}">{title}</a>' for key, title in links)}</nav>"""
+    return sections.page(f"{name} - OxyRay report", header, body, run.folder.name)
 
 
 def last_training(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

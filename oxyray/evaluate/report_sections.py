@@ -3,6 +3,7 @@ still missing."""
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -10,6 +11,25 @@ from typing import Any
 
 from oxyray.data.prepared import Meta
 from oxyray.evaluate.report_plots import Bar, Line, bars, line_chart, profile_chart
+
+
+def page(title: str, header: str, body: Sequence[str], made_from: str) -> str:
+    """A whole page with nothing outside it: no script, no font, no address. `header` and `body` are HTML already."""
+    style = importlib.resources.files("oxyray.evaluate").joinpath("report.css").read_text()
+    written = datetime.now(UTC).strftime("%d %b %Y, %H:%M UTC")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,"><title>{escape(title)}</title>
+<style>{style}</style>
+</head>
+<body><main>
+<header>{header}</header>
+{"".join(body)}
+<footer>Written {written} from {escape(made_from)}.</footer>
+</main></body></html>
+"""
 
 
 def section(key: str, title: str, about: str, body: str) -> str:

@@ -39,7 +39,7 @@ def most_like(query_BPD: Tensor, older_BOD: Tensor, seen_BPO: Tensor, top: int) 
     and which of them there are. k is smaller where no segment has `top` older events. Of equals (an item that was taken again) the later
     comes first: whoever asks, and in whatever batch, gets the same."""
     with torch.autocast(query_BPD.device.type, enabled=False):
-        score_BPO = (_precise(query_BPD) @ _precise(older_BOD).transpose(1, 2)).masked_fill(~seen_BPO, -torch.inf)
+        score_BPO = (precise(query_BPD) @ precise(older_BOD).transpose(1, 2)).masked_fill(~seen_BPO, -torch.inf)
     late_first_BPO = score_BPO.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     best_BPk = (older_BOD.shape[1] - 1 - late_first_BPO[..., :top]).sort(dim=-1).values
     return best_BPk, seen_BPO.gather(2, best_BPk)
@@ -54,7 +54,7 @@ def q2i(query_QD: Tensor, item_QD: Tensor, id_Q: Tensor, live_Q: Tensor, config:
     that of all processes, with gradient; all must call.
     """
     with torch.autocast(query_QD.device.type, enabled=False):
-        query_QD, item_QD = _precise(query_QD), _precise(item_QD)
+        query_QD, item_QD = precise(query_QD), precise(item_QD)
         query_AD, item_AD, id_A, first = query_QD, item_QD, torch.where(live_Q, id_Q, _DEAD), 0
         if together and dist.is_initialized() and dist.get_world_size() > 1:
             both_AD, count_W = gathered(torch.cat([query_QD, item_QD], dim=-1))
@@ -70,7 +70,7 @@ def q2i(query_QD: Tensor, item_QD: Tensor, id_Q: Tensor, live_Q: Tensor, config:
         return nll_Q + held[0] + held[1]
 
 
-def _precise(x: Tensor) -> Tensor:
+def precise(x: Tensor) -> Tensor:
     """At least float32: in bfloat16 a few hundred likenesses take a hundred values."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -22,7 +22,7 @@ from oxyray.config import Config
 from oxyray.data.prepared import Prepared
 from oxyray.files import read_json, whole, write_json
 from oxyray.model.losses import LossOut
-from oxyray.model.retrieval import gathered
+from oxyray.model.retrieval import gathered, precise
 from oxyray.model.tables import TableSpec
 from oxyray.run import Run
 from oxyray.sid.encoder import TEXT_COLUMNS, encode
@@ -180,7 +180,7 @@ class Contrast(nn.Module):
 
     def _nll(self, mine_PJ: Tensor, other_AJ: Tensor, id_P2: Tensor, id_A: Tensor, live_A: Tensor, own_P: Tensor) -> Tensor:
         with torch.autocast(mine_PJ.device.type, enabled=False):
-            logit_PA = mine_PJ.float() @ other_AJ.float().T / self.temperature
+            logit_PA = precise(mine_PJ) @ precise(other_AJ).T / self.temperature
             left_out_PA = (id_P2[:, :1] == id_A) | (id_P2[:, 1:] == id_A) | ~live_A
             left_out_PA[torch.arange(len(own_P), device=own_P.device), own_P] = False
             return F.cross_entropy(logit_PA.masked_fill(left_out_PA, -torch.inf), own_P, reduction="none")
