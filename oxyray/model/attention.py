@@ -8,7 +8,8 @@ A query sees a stretch of keys that begins where the keys of its document begin.
     cross-attention          as many of the other side's tokens as had come before the query
 
 `attend` works document by document: nothing is computed between two documents, documents of one shape go through one call, and a mask is
-made only where the reach is neither of the first two forms. `mask` is the plain meaning, for tests and for whoever wants to look.
+made only where the reach is neither of the first two forms. Short causal documents of like length share a call too: what is put behind
+the shorter ones is hidden by the causal mask itself. `mask` is the plain meaning, for tests and for whoever wants to look.
 
 Legend: B documents, Q queries and K keys of all documents, n and m those of one, g documents of one shape, H heads, G heads of keys,
 E head width.
@@ -24,12 +25,13 @@ import torch
 from torch.nn import functional as F
 
 Tensor = torch.Tensor
+_CALL = 4096  # pairs of query and key that cost about as much as one call more
 Form = Literal["full", "causal", "other"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Documents that are computed in one call: those at `rows`, each with `queries` and `keys`."""
+    """Documents that are computed in one call: those at `rows`, each with `queries` and `keys`, or causal and no longer than that."""
 
     queries: int
     keys: int
@@ -89,7 +91,7 @@ class Documents:
         for row, (queries, keys, full, causal) in enumerate(told):
             if queries:
                 found.setdefault((queries, keys, "full" if full else "causal" if causal else "other"), []).append(row)
-        return [Shape(*shape, tuple(rows)) for shape, rows in found.items()]
+        return _joined([Shape(*shape, tuple(rows)) for shape, rows in found.items()])
 
     @cached_property
     def order_Q(self) -> Tensor | None:
@@ -121,21 +123,44 @@ def attend(q_QHE: Tensor, k_KGE: Tensor, v_KGE: Tensor, documents: Documents, dr
         out_gHnE = F.scaled_dot_product_attention(q_gHnE, k_gGmE, v_gGmE, mask, dropout, shape.form == "causal", enable_gqa=grouped)
         if mask is not None:
             out_gHnE = torch.where(mask.any(-1, keepdim=True), out_gHnE, 0)
-        mixed.append(out_gHnE.transpose(1, 2).flatten(0, 1))
+        mixed.append(_flat(out_gHnE.transpose(1, 2), query_offset, shape.rows))
     if not mixed:
         return q_QHE
     out_QHE = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-    return out_QHE if documents.order_Q is None else out_QHE[documents.order_Q]
+    return out_QHE if documents.order_Q is None else out_QHE.index_select(0, documents.order_Q)
+
+
+def _joined(shapes: list[Shape]) -> list[Shape]:
+    """Causal shapes of like length as one, where what is computed for nothing costs less than the call that is saved."""
+    causal = sorted((shape for shape in shapes if shape.form == "causal"), key=lambda shape: -shape.queries)
+    joined: list[Shape] = []
+    for shape in causal:
+        longest = joined[-1].queries if joined else 0
+        if joined and len(shape.rows) * (longest**2 - shape.queries**2) < _CALL:
+            joined[-1] = Shape(longest, longest, "causal", tuple(sorted(joined[-1].rows + shape.rows)))
+        else:
+            joined.append(shape)
+    return joined + [shape for shape in shapes if shape.form != "causal"]
 
 
 def _stacked(x_NHE: Tensor, offset: list[int], rows: tuple[int, ...], length: int) -> Tensor:
-    """The rows' documents, all of one length, as (g, H, n, E): views where they are neighbours."""
-    if len(rows) == rows[-1] - rows[0] + 1:
+    """The rows' documents as (g, H, n, E), views where they are neighbours of this length; shorter ones repeat their last token."""
+    if offset[rows[-1] + 1] - offset[rows[0]] == length * len(rows) and len(rows) == rows[-1] - rows[0] + 1:
         found = x_NHE[offset[rows[0]] : offset[rows[-1] + 1]]
     else:
-        start_g = torch.tensor([offset[row] for row in rows], device=x_NHE.device)
-        found = x_NHE[(start_g[:, None] + torch.arange(length, device=x_NHE.device)).flatten()]
+        start_g, end_g = (torch.tensor([offset[row + more] for row in rows], device=x_NHE.device) for more in (0, 1))
+        place_gn = start_g[:, None] + torch.arange(length, device=x_NHE.device)
+        found = x_NHE.index_select(0, torch.minimum(place_gn, end_g[:, None] - 1).flatten())
     return found.unflatten(0, (len(rows), length)).transpose(1, 2)
+
+
+def _flat(out_gnHE: Tensor, offset: list[int], rows: tuple[int, ...]) -> Tensor:
+    """End to end again, without what stands behind the shorter documents."""
+    lengths, longest = [offset[row + 1] - offset[row] for row in rows], out_gnHE.shape[1]
+    if min(lengths) == longest:
+        return out_gnHE.flatten(0, 1)
+    real_gn = torch.arange(longest, device=out_gnHE.device) < torch.tensor(lengths, device=out_gnHE.device)[:, None]
+    return out_gnHE.flatten(0, 1).index_select(0, real_gn.flatten().nonzero()[:, 0])
 
 
 def _mask(documents: Documents, offset: list[int], shape: Shape) -> Tensor:

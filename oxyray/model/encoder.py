@@ -1,7 +1,7 @@
 """Encoder over a user's profile and history: one token an event, one pass a segment (paper 2.3.3; causal, so that every event can be a
-training target).
+training target). Segments lie end to end, so padding costs nothing.
 
-Legend: B segments, S memory slots (slot 0 is the profile, slot s the s-th event), D width.
+Legend: B segments, S memory slots (slot 0 is the profile, slot s the s-th event), N slots of all segments, D width.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from oxyray.config import ModelConfig
+from oxyray.model.attention import Documents, attend
 from oxyray.model.layers import Attention, Dropout, RMSNorm, Tensor, rotate
-from oxyray.model.moe import MixtureOfExperts, feed_forward
+from oxyray.model.moe import feed_forward
 
 
 class EncoderLayer(nn.Module):
@@ -22,20 +23,15 @@ class EncoderLayer(nn.Module):
         self.mlp = feed_forward(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_BSD: Tensor, position_BS: Tensor, real_BS: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        normed = self.norm_attention(x_BSD)
-        key, value = self.attention.key_value(normed)
-        query = rotate(self.attention.query(normed), position_BS)
-        x_BSD = x_BSD + self.dropout(self.attention.mix(query, rotate(key, position_BS), value, mask, causal))
-        return x_BSD + self.dropout(self._fed(self.norm_mlp(x_BSD), real_BS))
+    def forward(self, x_ND: Tensor, position_N: Tensor, documents: Documents) -> Tensor:
+        x_ND = x_ND + self.dropout(self._attended(self.norm_attention(x_ND)[None], position_N[None], documents))
+        return x_ND + self.dropout(self.mlp(self.norm_mlp(x_ND)))
 
-    def _fed(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
-        """Experts see no padding: it would count as load."""
-        if not isinstance(self.mlp, MixtureOfExperts):
-            return self.mlp(x_BSD)
-        fed_BSD = torch.zeros_like(x_BSD)
-        fed_BSD[real_BS] = self.mlp(x_BSD[real_BS]).to(x_BSD.dtype)
-        return fed_BSD
+    def _attended(self, x_1ND: Tensor, position_1N: Tensor, documents: Documents) -> Tensor:
+        key, value = self.attention.key_value(x_1ND)
+        query = rotate(self.attention.query(x_1ND), position_1N)
+        q_NHE, k_NHE, v_NHE = (each[0].transpose(0, 1) for each in (query, rotate(key, position_1N), value))
+        return self.attention.to_out(attend(q_NHE, k_NHE, v_NHE, documents).flatten(1))
 
 
 class Encoder(nn.Module):
@@ -46,9 +42,12 @@ class Encoder(nn.Module):
         self.norm = RMSNorm(config.width)
 
     def forward(self, x_BSD: Tensor, position_BS: Tensor, real_BS: Tensor) -> Tensor:
-        """Memory (B, S, D). Padding stands behind the real tokens, so a causal mask hides it by itself; else `real_BS` masks it as a
-        key."""
-        mask = None if self.causal else real_BS[:, None, None, :]
+        """Memory (B, S, D), zeros where a slot is not real. A segment's real slots come first."""
+        offset_B = torch.cat([real_BS.new_zeros(1, dtype=torch.int64), real_BS.sum(1).cumsum(0)])
+        documents = Documents.causal(offset_B) if self.causal else Documents.bidirectional(offset_B)
+        slot_N = real_BS.flatten().nonzero()[:, 0]
+        x_ND, position_N = x_BSD.flatten(0, 1).index_select(0, slot_N), position_BS.flatten()[slot_N]
         for layer in self.layers:
-            x_BSD = layer(x_BSD, position_BS, real_BS, mask, self.causal)
-        return self.norm(x_BSD)
+            x_ND = layer(x_ND, position_N, documents)
+        memory_xD = torch.zeros_like(x_BSD.flatten(0, 1), dtype=x_ND.dtype).index_copy(0, slot_N, self.norm(x_ND))
+        return memory_xD.view_as(x_BSD)

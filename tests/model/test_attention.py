@@ -106,9 +106,11 @@ def test_heads_may_share_keys(groups: int) -> None:
     same(Documents.causal(offsets([3, 5, 3])), groups)
 
 
-def test_one_call_for_documents_of_one_shape() -> None:
-    documents = Documents.causal(offsets([3, 5, 3, 4, 3]))
+def test_one_call_for_documents_of_one_shape_and_for_short_ones_of_like_length() -> None:
+    documents = Documents.bidirectional(offsets([3, 5, 3, 4, 3]))
     assert sorted((shape.queries, shape.rows) for shape in documents.shapes) == [(3, (0, 2, 4)), (4, (3,)), (5, (1,))]
+    documents = Documents.causal(offsets([3, 5, 300, 4, 200]))
+    assert sorted((shape.queries, shape.rows) for shape in documents.shapes) == [(5, (0, 1, 3)), (200, (4,)), (300, (2,))]
 
 
 def test_nothing_leaks_between_documents() -> None:
