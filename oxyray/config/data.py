@@ -119,12 +119,13 @@ class SidConfig:
     levels: codes an item
     width: codes a level
     iterations: k-means rounds a level
+    balance: most items of a code, in multiples of the mean; null: no bound
     seed: of k-means and its re-seeded clusters
     collisions: of items that share a SID. reassign moves them to the nearest free code of the last level; extra_level numbers them by one
         more level; none leaves them
     collision_limit: most error that such a move may leave, in multiples of the mean squared error before the last level
     batch_items: items encoded at a time
-    workers: encoding processes (more than 1: Ray Data)
+    workers: processes for encoding, Swing and k-means (more than 1: on Ray)
     cache_dir: folder that keeps text vectors by content
     """
 
@@ -136,6 +137,7 @@ class SidConfig:
     levels: int = 3
     width: int = 256
     iterations: int = 25
+    balance: float | None = None
     seed: int = 7
     collisions: Literal["none", "reassign", "extra_level"] = "reassign"
     collision_limit: float = 4.0
@@ -148,6 +150,7 @@ class SidConfig:
         need(2 <= self.width <= 65536, "sid.width", f"must lie in 2..65536, got {self.width}")
         for name in ("iterations", "workers", "batch_items", "behaviour_dim"):
             need(getattr(self, name) >= 1, f"sid.{name}", f"must be at least 1, got {getattr(self, name)}")
+        need(self.balance is None or self.balance > 1, "sid.balance", f"must be more than 1 (or null for no bound), got {self.balance}")
         need(self.collision_limit > 0, "sid.collision_limit", f"must be positive (or sid.collisions=none), got {self.collision_limit}")
         need(self.pca_dim >= 0, "sid.pca_dim", f"must be 0 (off) or more, got {self.pca_dim}")
         need(self.behaviour_weight > 0, "sid.behaviour_weight", f"must be positive (or sid.vectors=text), got {self.behaviour_weight}")

@@ -1,9 +1,9 @@
 """RQ-KMeans: k-means on the vectors gives level-1 codes, k-means on what is left over gives the next level's, and so on (paper 2.2.2).
 
-faiss runs Lloyd's algorithm (it reaches most of the speed of a matrix product, nothing is won by hand). What is added here: codes that no
-vector uses are re-seeded at the vectors that are worst described, and the level is refined again, until all codes are used or no error is
-left to seed from. A level with fewer different residuals than codes therefore ends with an exact description and some unused codes; that is
-stated in `Fit`. Given the same vectors, settings and number of threads, the codes are the same.
+The rounds are `lloyd.py`'s, here or on Ray workers with the same outcome. Codes that no vector uses are re-seeded at the vectors that are
+worst described, and the level is refined again, until all codes are used or no error is left to seed from. A level with fewer different
+residuals than codes therefore ends with an exact description and some unused codes; that is stated in `Fit`. Given the same vectors,
+settings and seed, the codes are the same.
 
 Legend: N vectors, F dimensions, L levels, V codes a level.
 """
@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from oxyray.config import ClusterConfig
 from oxyray.errors import CatalogueError
 from oxyray.files import whole
 from oxyray.progress import bar
+from oxyray.sid.lloyd import Nearest, Shards, farthest, lloyd, row_bytes, shards, squares, to_grid, within
 
 Array = np.ndarray
 
@@ -30,9 +33,11 @@ _RESEED_ITERATIONS = 4
 
 @dataclass(frozen=True, eq=False)
 class RQKMeans:
-    """The codebook: `centroids_LVF` float32. A vector's reconstruction is the sum of its codes' centroids."""
+    """The codebook: `centroids_LVF` float32. A vector's reconstruction is the sum of its codes' centroids. `price_LV` is added to squared
+    distances where loads were balanced, else None."""
 
     centroids_LVF: Array
+    price_LV: Array | None = None
 
     @property
     def levels(self) -> int:
@@ -43,8 +48,8 @@ class RQKMeans:
         return int(self.centroids_LVF.shape[1])
 
     def assign(self, vectors_NF: Array) -> Array:
-        """Codes (N, L) int32 of vectors, each level the nearest centroid to the residual. Raises CatalogueError on another dimension or
-        NaN."""
+        """Codes (N, L) int32 of vectors, each level the nearest centroid to the residual, prices counted in. Raises CatalogueError on
+        another dimension or NaN."""
         residual_NF = _checked(vectors_NF).copy()
         if residual_NF.shape[1] != self.centroids_LVF.shape[2]:
             raise CatalogueError(
@@ -53,7 +58,8 @@ class RQKMeans:
             )
         codes_NL = np.empty((len(residual_NF), self.levels), dtype=np.int32)
         for level in range(self.levels):
-            codes_NL[:, level], _ = _nearest(self.centroids_LVF[level], residual_NF)
+            price_V = np.zeros(self.width) if self.price_LV is None else self.price_LV[level]
+            codes_NL[:, level], _ = Nearest(self.centroids_LVF[level], price_V)(residual_NF)
             residual_NF -= self.centroids_LVF[level][codes_NL[:, level]]
         return codes_NL
 
@@ -71,12 +77,13 @@ class RQKMeans:
 
     def save(self, path: Path) -> None:
         with whole(Path(path)) as part, open(part, "wb") as file:
-            np.savez(file, centroids_LVF=self.centroids_LVF)
+            np.savez(file, centroids_LVF=self.centroids_LVF, **({} if self.price_LV is None else {"price_LV": self.price_LV}))  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> RQKMeans:
         """Raises CatalogueError when the file is absent, damaged, or holds something else than finite centroids (L, V, F)."""
-        centroids_LVF = read_arrays(path, ["centroids_LVF"])["centroids_LVF"]
+        held = read_arrays(path, ["centroids_LVF"], ["price_LV"])
+        centroids_LVF, price_LV = held["centroids_LVF"], held.get("price_LV")
         if (
             centroids_LVF.ndim != 3
             or centroids_LVF.dtype != np.float32
@@ -84,7 +91,9 @@ class RQKMeans:
             or not np.isfinite(centroids_LVF).all()
         ):
             raise CatalogueError(f"{path}: not finite float32 centroids (levels, codes, dimensions): run `oxyray sid` again")
-        return cls(centroids_LVF)
+        if price_LV is not None and (price_LV.shape != centroids_LVF.shape[:2] or not (price_LV >= 0).all()):
+            raise CatalogueError(f"{path}: its prices do not fit its centroids: run `oxyray sid` again")
+        return cls(centroids_LVF, price_LV)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +110,22 @@ class Fit:
     duplicates: int
 
 
-def fit(vectors_NF: Array, *, levels: int, width: int, iterations: int = 25, seed: int = 7) -> Fit:
-    """Fit `levels` codebooks of `width` codes. Raises CatalogueError on NaN or infinite values, all-zero vectors, and fewer different
-    vectors than codes (level 1 could never use them all)."""
+def fit(
+    vectors_NF: Array,
+    *,
+    levels: int,
+    width: int,
+    iterations: int = 25,
+    seed: int = 7,
+    balance: float | None = None,
+    workers: int = 1,
+    cluster: ClusterConfig | None = None,
+) -> Fit:
+    """Fit `levels` codebooks of `width` codes; with `balance` no code of a level has more than that many times the mean of vectors. Raises
+    CatalogueError on NaN or infinite values, all-zero vectors, and fewer different vectors than codes (level 1 could never use them all),
+    RunError when the cluster is smaller than `workers`."""
     vectors_NF = _checked(vectors_NF)
-    distinct = len(np.unique(_row_bytes(vectors_NF)))
+    distinct = len(np.unique(row_bytes(vectors_NF)))
     if distinct < width:
         raise CatalogueError(
             f"{len(vectors_NF)} items have {distinct} different vectors, fewer than the {width} codes of a level: "
@@ -116,81 +136,67 @@ def fit(vectors_NF: Array, *, levels: int, width: int, iterations: int = 25, see
         raise CatalogueError(
             f"{len(zero)} vectors are all zeros, the first in row {zero[0]}: such an item has nothing to be told apart by; give it a text"
         )
-    residual_NF = vectors_NF.copy()
     codes_NL = np.empty((len(vectors_NF), levels), dtype=np.int32)
-    centroids, unused, left = [], [], []
+    centroids, prices, unused, left = [], [], [], []
     variance = _mean_square(vectors_NF - vectors_NF.mean(axis=0))
     progress = bar(levels, "RQ-KMeans", "level")
-    for level in range(levels):
-        centroids_VF, codes_NL[:, level] = _level(residual_NF, width, iterations, seed + level)
-        residual_NF -= centroids_VF[codes_NL[:, level]]
-        centroids.append(centroids_VF)
-        unused.append(width - len(np.unique(codes_NL[:, level])))
-        left.append(_mean_square(residual_NF) / variance)
-        progress.update(1)
+    with shards(vectors_NF, workers, cluster) as held:
+        for level in range(levels):
+            centroids_VF, price_V, count_V = _level(held, len(vectors_NF), width, iterations, seed + level, balance)
+            for first, code_N in (block for part in held.ask("subtract", centroids_VF) for block in part):
+                codes_NL[first : first + len(code_N), level] = code_N
+            centroids.append(centroids_VF)
+            prices.append(price_V)
+            unused.append(int((count_V == 0).sum()))
+            left.append(squares(held)[0] / variance)
+            progress.update(1)
     progress.close()
-    return Fit(RQKMeans(np.stack(centroids)), codes_NL, tuple(unused), tuple(left), len(vectors_NF) - distinct)
+    codebook = RQKMeans(np.stack(centroids), np.stack(prices) if balance is not None else None)
+    return Fit(codebook, codes_NL, tuple(unused), tuple(left), len(vectors_NF) - distinct)
 
 
-def read_arrays(path: Path, names: list[str]) -> dict[str, Array]:
-    """The named arrays of an npz file. Raises CatalogueError when it is absent, damaged, or lacks one; nothing is unpickled."""
+def read_arrays(path: Path, names: list[str], optional: Sequence[str] = ()) -> dict[str, Array]:
+    """The named arrays of an npz file, and those of `optional` that it has. Raises CatalogueError when it is absent, damaged, or lacks
+    one; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as held:
-            return {name: held[name] for name in names}
+            return {name: held[name] for name in [*names, *(name for name in optional if name in held.files)]}
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise CatalogueError(f"{path}: not readable ({type(error).__name__}: {str(error).strip()}): run `oxyray sid` again") from error
 
 
-def _level(vectors_NF: Array, width: int, iterations: int, seed: int) -> tuple[Array, Array]:
-    """k-means with dead codes re-seeded: centroids (V, F) and codes (N,)."""
-    centroids_VF = _lloyd(vectors_NF, width, iterations, seed, None)
-    codes_N, distance_N = _nearest(centroids_VF, vectors_NF)
+def _level(held: Shards, count: int, width: int, iterations: int, seed: int, balance: float | None) -> tuple[Array, Array, Array]:
+    """k-means with dead codes re-seeded: centroids (V, F), prices and loads (V,). The shards have their codes then."""
+    random, step = np.random.default_rng(seed), to_grid(held)
+    trained = None
+    if count > width * _POINTS_PER_CODE:
+        trained = np.sort(random.choice(count, width * _POINTS_PER_CODE, replace=False))
+    held.ask("train_on", trained)
+    start = random.choice(count if trained is None else trained, min(width, count), replace=False)
+    centroids_VF = _rows(held, np.resize(start, width))
+    centroids_VF, price_V = lloyd(held, centroids_VF, iterations, step, balance)
+    count_V = _assigned(held, centroids_VF, price_V)
+    above = 1e-5 * max(squares(held)[0], 1e-30)
     for _ in range(_RESEED_ROUNDS):
-        dead = np.flatnonzero(np.bincount(codes_N, minlength=width) == 0)
-        seeds = _worst_described(vectors_NF, distance_N, len(dead))
-        if len(seeds) == 0:
+        dead = np.flatnonzero(count_V == 0)
+        seeds_HF = farthest(held.ask("worst", len(dead), above), len(dead))[2] if len(dead) else ()
+        if len(seeds_HF) == 0:
             break
-        centroids_VF[dead[: len(seeds)]] = vectors_NF[seeds]
-        centroids_VF = _lloyd(vectors_NF, width, _RESEED_ITERATIONS, seed, centroids_VF)
-        codes_N, distance_N = _nearest(centroids_VF, vectors_NF)
-    return centroids_VF, codes_N
+        centroids_VF[dead[: len(seeds_HF)]] = seeds_HF
+        centroids_VF, price_V = lloyd(held, centroids_VF, _RESEED_ITERATIONS, step, balance)
+        count_V = _assigned(held, centroids_VF, price_V)
+    return centroids_VF, price_V, count_V if balance is None else within(held, centroids_VF, count_V, balance)
 
 
-def _worst_described(vectors_NF: Array, distance_N: Array, count: int) -> Array:
-    """Rows of up to `count` different vectors farthest from their centroids, none of them already exact (up to float32 rounding)."""
-    if count == 0:
-        return np.empty(0, dtype=np.int64)
-    scale_N = np.einsum("nf,nf->n", vectors_NF, vectors_NF)
-    off = np.flatnonzero(distance_N > 1e-5 * max(float(scale_N.mean()), 1e-30))
-    order = off[np.argsort(-distance_N[off], kind="stable")]
-    _, first = np.unique(_row_bytes(vectors_NF[order]), return_index=True)
-    return order[np.sort(first)[:count]]
+def _assigned(held: Shards, centroids_VF: Array, price_V: Array) -> Array:
+    return np.sum(held.ask("assign", centroids_VF, price_V), axis=0)
 
 
-def _lloyd(vectors_NF: Array, width: int, iterations: int, seed: int, start_VF: Array | None) -> Array:
-    import faiss
-
-    kmeans = faiss.Kmeans(
-        vectors_NF.shape[1],
-        width,
-        niter=iterations,
-        seed=seed,
-        min_points_per_centroid=1,
-        max_points_per_centroid=_POINTS_PER_CODE,
-        verbose=False,
-    )
-    kmeans.train(vectors_NF, init_centroids=start_VF)
-    return np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
-
-
-def _nearest(centroids_VF: Array, vectors_NF: Array) -> tuple[Array, Array]:
-    """The nearest centroid of each vector and the squared distance to it."""
-    import faiss
-
-    index = faiss.IndexFlatL2(centroids_VF.shape[1])
-    index.add(np.ascontiguousarray(centroids_VF))
-    distance_N1, code_N1 = index.search(np.ascontiguousarray(vectors_NF), 1)
-    return code_N1[:, 0].astype(np.int32), np.maximum(distance_N1[:, 0], 0)
+def _rows(held: Shards, rows: Array) -> Array:
+    found = held.ask("rows", rows)
+    vectors = np.concatenate([vectors for _, vectors in found])
+    vectors[np.concatenate([place for place, _ in found])] = vectors.copy()
+    return vectors
 
 
 def _checked(vectors_NF: Array) -> Array:
@@ -207,12 +213,6 @@ def _checked(vectors_NF: Array) -> Array:
 
 def _mean_square(vectors_NF: Array) -> float:
     return float(np.einsum("nf,nf->n", vectors_NF, vectors_NF, dtype=np.float64).mean())
-
-
-def _row_bytes(vectors_NF: Array) -> Array:
-    """Each row as one opaque value, so that equal rows can be found by sorting. -0.0 counts as 0.0."""
-    rows = np.ascontiguousarray(vectors_NF + np.float32(0))
-    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
 
 
 def power_below(count: int) -> int:

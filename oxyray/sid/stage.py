@@ -50,7 +50,16 @@ def sid(config: Config, run: Run) -> None:
     content_IF = fused_vectors(run, items.num_rows) if settings.vectors == "fused" else text_IF
     joiner = Joiner.fit(content_IF, behaviour_ID, settings.behaviour_weight, settings.pca_dim)
     vectors_IJ = joiner.apply(content_IF, behaviour_ID)
-    fit = rqkmeans.fit(vectors_IJ, levels=settings.levels, width=settings.width, iterations=settings.iterations, seed=settings.seed)
+    fit = rqkmeans.fit(
+        vectors_IJ,
+        levels=settings.levels,
+        width=settings.width,
+        iterations=settings.iterations,
+        seed=settings.seed,
+        balance=settings.balance,
+        workers=settings.workers,
+        cluster=config.cluster,
+    )
     codes_NL = settled(settings, fit.codes_NL, vectors_IJ, fit.codebook)
     seconds["quantise"] = time.monotonic() - clock
     catalog = Catalog.of(items.column("item_id").to_pylist(), codes_NL, settings.width)

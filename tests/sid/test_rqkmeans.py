@@ -140,3 +140,48 @@ def test_damaged_codebook_files_are_refused(tmp_path: Path) -> None:
         np.savez(path, centroids_LVF=array)
         with pytest.raises(CatalogueError):
             RQKMeans.load(path)
+
+
+def test_a_level_is_lloyds_algorithm_in_plain_loops() -> None:
+    random = np.random.default_rng(3)
+    vectors = random.normal(size=(200, 4)).astype(np.float32)
+    made = fit(vectors, levels=1, width=6, iterations=7, seed=9)
+    centroids = vectors[np.random.default_rng(9).choice(200, 6, replace=False)].astype(np.float64)
+    for _ in range(7):
+        nearest = np.square(vectors[:, None] - centroids[None]).sum(-1).argmin(1)
+        centroids = np.stack([vectors[nearest == code].astype(np.float64).mean(0) for code in range(6)])
+    np.testing.assert_allclose(made.codebook.centroids_LVF[0], centroids, atol=1e-6)
+
+
+@pytest.mark.parametrize("balance", [1.05, 1.2])
+def test_a_bound_on_the_load_holds_at_every_level(balance: float) -> None:
+    random = np.random.default_rng(2)
+    vectors = np.concatenate([random.normal(size=(1500, 6)), random.normal(size=(500, 6)) * 0.1 + 4]).astype(np.float32)
+    free, bound = (fit(vectors, levels=2, width=20, balance=each) for each in (None, balance))
+    assert np.bincount(free.codes_NL[:, 0]).max() > balance * 100
+    for level in range(2):
+        assert np.bincount(bound.codes_NL[:, level], minlength=20).max() <= np.ceil(balance * 100)
+    assert bound.left_L[1] < 1.3 * free.left_L[1]
+    assert (bound.codebook.assign(vectors) == bound.codes_NL)[:, 0].mean() > 0.9, "prices, not moves, do most of it"
+
+
+def test_prices_are_saved_with_the_codebook(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(2).normal(size=(300, 5)).astype(np.float32)
+    made = fit(vectors, levels=2, width=8, balance=1.2)
+    made.codebook.save(tmp_path / "codebook.npz")
+    assert (RQKMeans.load(tmp_path / "codebook.npz").assign(vectors) == made.codebook.assign(vectors)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balance", [None, 1.2])
+def test_any_number_of_workers_gives_the_same_codes(monkeypatch: pytest.MonkeyPatch, balance: float | None) -> None:
+    from oxyray.sid import lloyd
+
+    monkeypatch.setattr(lloyd, "BLOCK", 100)
+    vectors = np.random.default_rng(8).normal(size=(950, 6)).astype(np.float32)
+    vectors[500:540] = vectors[500]
+    one, two, three = (fit(vectors, levels=3, width=16, iterations=5, balance=balance, workers=workers) for workers in (1, 2, 3))
+    for other in (two, three):
+        assert (other.codes_NL == one.codes_NL).all()
+        assert (other.codebook.centroids_LVF == one.codebook.centroids_LVF).all()
+        assert other.left_L == one.left_L

@@ -1,0 +1,290 @@
+"""Lloyd's algorithm on vectors that may lie on several machines: what one level of RQ-KMeans needs of them (paper 2.2.2).
+
+Vectors lie in blocks, blocks in shards: one in this process, or one in each of some Ray actors. A round sends the centroids out and gets
+each shard's sums and counts back. Vectors are brought to a grid of 24 bits, so that float64 adds them up without rounding, in any order:
+the same seed gives the same centroids on any number of workers. Which centroid is nearest is faiss's business, block by block.
+
+A bound on the load works by prices: each code's price is added to its squared distances, and rises while the code is too full; and codes
+that are nearly empty go where too many vectors share one. What is still too much in the end goes, farthest first, to the next nearest code
+with room.
+
+Legend: N vectors of a shard or a block, F dimensions, V codes, H vectors without a code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from oxyray.cluster.start import ray_for
+from oxyray.cluster.wait import answers
+from oxyray.config import ClusterConfig
+
+Array = np.ndarray
+
+BLOCK = 16_384  # rows; the same whatever the workers
+_TIMEOUT_S = 900.0
+_STEP = 0.1  # of prices, in mean squared distances
+
+
+class Shard:
+    """Blocks of vectors, what is left of them level by level, and the codes of the present level. `blocks` are (first row, vectors)."""
+
+    def __init__(self, blocks: Sequence[tuple[int, Array]]) -> None:
+        self.firsts = [first for first, _ in blocks]
+        self.left = [np.array(vectors_NF, dtype=np.float32) for _, vectors_NF in blocks]
+        self.trained: list[Array] = list(self.left)
+        self.codes: list[Array] = []
+        self.step = 1.0
+        self.distances: list[Array] = []
+
+    def train_on(self, rows: Array | None) -> None:
+        """Only these (global row numbers, sorted) take part in `sums`; None: all."""
+        self.trained = list(self.left)
+        if rows is not None:
+            for place, (first, left_NF) in enumerate(zip(self.firsts, self.left, strict=True)):
+                low, high = np.searchsorted(rows, [first, first + len(left_NF)])
+                self.trained[place] = left_NF[rows[low:high] - first]
+
+    def to_grid(self, step: float) -> None:
+        """Round what is left to multiples of `step`, a power of two that float32 has room for."""
+        self.step = step
+        for left_NF in self.left:
+            left_NF *= np.float32(1 / step)
+            np.rint(left_NF, out=left_NF)
+            left_NF *= np.float32(step)
+
+    def sums(self, centroids_VF: Array, price_V: Array, errors: bool) -> tuple[Array, Array, Array]:
+        """Of each code's vectors: their sum (V, F) float64, exact; their number (V,); with `errors` the sum of their squared distances in
+        the grid's units, as whole numbers."""
+        from scipy import sparse
+
+        sum_VF = np.zeros(centroids_VF.shape)
+        count_V, error_V = np.zeros(len(centroids_VF), dtype=np.int64), np.zeros(len(centroids_VF))
+        nearest = Nearest(centroids_VF, price_V)
+        for vectors_NF in (block for block in self.trained if len(block)):
+            code_N, distance_N = nearest(vectors_NF)
+            ones = sparse.csc_matrix((np.ones(len(code_N)), code_N, np.arange(len(code_N) + 1)), shape=(len(centroids_VF), len(code_N)))
+            sum_VF += ones @ vectors_NF.astype(np.float64)
+            count_V += np.bincount(code_N, minlength=len(centroids_VF))
+            if errors:
+                error_V += np.bincount(code_N, weights=np.rint(distance_N / self.step), minlength=len(centroids_VF))
+        return sum_VF, count_V, error_V
+
+    def assign(self, centroids_VF: Array, price_V: Array) -> Array:
+        """Give every vector its code; how many each code has."""
+        nearest = Nearest(centroids_VF, price_V)
+        found = [nearest(left_NF) for left_NF in self.left]
+        self.codes, self.distances = [codes for codes, _ in found], [distances for _, distances in found]
+        return np.bincount(np.concatenate([*self.codes, np.zeros(0, dtype=np.int64)]).astype(np.int64), minlength=len(centroids_VF))
+
+    def of_code(self, codes: Array) -> tuple[Array, Array, Array, Array]:
+        """Row, code, squared distance and what is left of every vector whose code is among `codes`."""
+        found = []
+        for first, left_NF, code_N, distance_N in zip(self.firsts, self.left, self.codes, self.distances, strict=True):
+            here = np.flatnonzero(np.isin(code_N, codes))
+            found.append((first + here, code_N[here], distance_N[here], left_NF[here]))
+        if not found:
+            return np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+        rows, code, distance, left = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return rows, code, distance, left
+
+    def recode(self, rows: Array, codes: Array) -> None:
+        """These vectors (global row numbers) have other codes now."""
+        for first, code_N in zip(self.firsts, self.codes, strict=True):
+            here = (rows >= first) & (rows < first + len(code_N))
+            code_N[rows[here] - first] = codes[here]
+
+    def worst(self, count: int, above: float) -> tuple[Array, Array, Array]:
+        """Row, squared distance and what is left of up to `count` different vectors that are described worst, farther than `above`."""
+        found = []
+        for first, left_NF, distance_N in zip(self.firsts, self.left, self.distances, strict=True):
+            here = np.flatnonzero(distance_N > above)
+            here = here[np.argsort(-distance_N[here], kind="stable")]
+            found.append((first + here, distance_N[here], left_NF[here]))
+        return farthest(found, count)
+
+    def rows(self, rows: Array) -> tuple[Array, Array]:
+        """Of these vectors (global row numbers) those that lie here: their places among `rows`, and what is left of them."""
+        places = [np.flatnonzero((rows >= first) & (rows < first + len(left))) for first, left in zip(self.firsts, self.left, strict=True)]
+        left = [left_NF[rows[place] - first] for first, left_NF, place in zip(self.firsts, self.left, places, strict=True)]
+        return np.concatenate(places), np.concatenate(left)
+
+    def squares(self) -> tuple[list[float], float, int]:
+        """Sum of squared lengths of every block, largest entry, number of vectors."""
+        totals = [float(np.einsum("nf,nf->", left, left, dtype=np.float64)) for left in self.left]
+        return totals, max((float(np.abs(left).max()) for left in self.left if left.size), default=0.0), sum(map(len, self.left))
+
+    def subtract(self, centroids_VF: Array) -> list[tuple[int, Array]]:
+        """Go on to the next level with what the codes leave; the codes of this one, by first row."""
+        for left_NF, code_N in zip(self.left, self.codes, strict=True):
+            left_NF -= centroids_VF[code_N]
+        return list(zip(self.firsts, self.codes, strict=True))
+
+
+class Nearest:
+    """The code of the least squared distance plus price, and that distance without the price."""
+
+    def __init__(self, centroids_VF: Array, price_V: Array) -> None:
+        import faiss
+
+        self.price_V = price_V.astype(np.float32) if price_V.any() else None
+        held = centroids_VF if self.price_V is None else np.concatenate([centroids_VF, np.sqrt(self.price_V)[:, None]], axis=1)
+        self.index = faiss.IndexFlatL2(held.shape[1])
+        self.index.add(np.ascontiguousarray(held, dtype=np.float32))
+
+    def __call__(self, vectors_NF: Array) -> tuple[Array, Array]:
+        if self.price_V is not None:
+            vectors_NF = np.concatenate([vectors_NF, np.zeros((len(vectors_NF), 1), dtype=np.float32)], axis=1)
+        distance_N1, code_N1 = self.index.search(np.ascontiguousarray(vectors_NF), 1)
+        code_N = code_N1[:, 0].astype(np.int32)
+        return code_N, np.maximum(distance_N1[:, 0] - (0 if self.price_V is None else self.price_V[code_N]), 0)
+
+
+class Shards:
+    """All shards: `ask` calls a method of each and gives the answers in the order of the shards."""
+
+    def __init__(self, shards: Sequence[Any], ask: Callable[..., list[Any]]) -> None:
+        self._shards, self._ask = shards, ask
+
+    def ask(self, method: str, *args: Any) -> list[Any]:
+        return self._ask(self._shards, method, *args)
+
+
+@contextmanager
+def shards(vectors_NF: Array, workers: int = 1, cluster: ClusterConfig | None = None) -> Iterator[Shards]:
+    """In this process, or block after block dealt out to `workers` Ray actors. Raises RunError when the cluster is too small."""
+    blocks = [(first, vectors_NF[first : first + BLOCK]) for first in range(0, len(vectors_NF), BLOCK)]
+    workers = min(workers, len(blocks))
+    if workers == 1:
+        yield Shards([Shard(blocks)], lambda held, method, *args: [getattr(shard, method)(*args) for shard in held])
+        return
+    import ray
+
+    with ray_for(cluster or ClusterConfig(), workers, otherwise="sid.workers=1"):
+        actors: list[Any] = [ray.remote(num_cpus=1)(Shard).remote(blocks[rank::workers]) for rank in range(workers)]
+
+        def ask(held: Sequence[Any], method: str, *args: Any) -> list[Any]:
+            shared = [ray.put(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
+            return answers([getattr(actor, method).remote(*shared) for actor in held], _TIMEOUT_S, f"RQ-KMeans workers ({method})")
+
+        try:
+            yield Shards(actors, ask)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+def lloyd(held: Shards, centroids_VF: Array, iterations: int, step: float, most: float | None = None) -> tuple[Array, Array]:
+    """Centroids (V, F) and prices (V,) after so many rounds on the vectors in training. A code without vectors keeps its place. With
+    `most` (largest load over the mean) prices push loads towards it. `step` is the grid's."""
+    price_V = np.zeros(len(centroids_VF))
+    for turn in range(iterations):
+        parts = held.ask("sums", centroids_VF, price_V, most is not None)
+        sum_VF, count_V, error_V = (np.sum([part[place] for part in parts], axis=0) for place in range(3))
+        mean_VF = sum_VF / np.maximum(count_V, 1)[:, None]
+        centroids_VF = np.where((count_V > 0)[:, None], mean_VF, centroids_VF).astype(np.float32)
+        if most is not None:
+            price_V = raised(price_V, count_V, error_V * step)
+            if turn < iterations // 2:
+                centroids_VF, price_V = split(centroids_VF, price_V, count_V)
+    return centroids_VF, price_V
+
+
+def split(centroids_VF: Array, price_V: Array, count_V: Array) -> tuple[Array, Array]:
+    """The emptiest codes come to stand beside the fullest, whose vectors they will share, as long as that evens out: a crowd that lies by
+    itself gets the codes that it needs."""
+    load_V, mean = count_V.astype(np.float64), float(count_V.mean())
+    centroids_VF, price_V = centroids_VF.copy(), price_V.copy()
+    for empty in np.argsort(load_V, kind="stable")[: len(load_V) // 4]:
+        full = int(load_V.argmax())
+        if load_V[full] < 1.6 * mean or load_V[empty] > 0.6 * mean:
+            break
+        load_V[full] = load_V[empty] = load_V[full] / 2
+        centroids_VF[empty] = centroids_VF[full] * np.float32(1 + 2**-10)
+        centroids_VF[full] *= np.float32(1 - 2**-10)
+        price_V[empty] = price_V[full] = 0
+    return centroids_VF, price_V
+
+
+def raised(price_V: Array, count_V: Array, error_V: Array) -> Array:
+    """Prices after a round in which the codes had so many vectors, with so much squared distance in all: up where they were more than the
+    mean, down where fewer, in steps of what a distance is there."""
+    scale_V = np.where(count_V > 0, error_V / np.maximum(count_V, 1), error_V.sum() / max(count_V.sum(), 1))
+    moved_V = price_V + _STEP * scale_V * np.log(np.maximum(count_V, 0.5) / count_V.mean()).clip(-1, 1)
+    return moved_V - moved_V.min()
+
+
+def within(held: Shards, centroids_VF: Array, count_V: Array, most: float) -> Array:
+    """Bring every code to at most `most` times the mean load: of those that are too full the farthest vectors move to the nearest code
+    with room. How many each code then has."""
+    room = math.ceil(most * count_V.sum() / len(count_V))
+    full = np.flatnonzero(count_V > room)
+    if not len(full):
+        return count_V
+    parts = held.ask("of_code", full)
+    row_H, code_H, distance_H = (np.concatenate([part[place] for part in parts]) for place in (0, 1, 2))
+    left_HF = np.concatenate([part[3] for part in parts if len(part[3])])
+    order = np.lexsort((row_H, distance_H, code_H))
+    place = np.arange(len(order)) - np.searchsorted(code_H[order], code_H[order])
+    homeless = np.sort(order[place >= room])
+    count_V = np.minimum(count_V, room)
+    new_H = np.empty(len(homeless), dtype=np.int32)
+    waiting = np.arange(len(homeless))
+    while len(waiting):
+        free = np.flatnonzero(count_V < room)
+        choice, distance = _nearest_of(left_HF[homeless[waiting]], centroids_VF, free)
+        order = np.lexsort((row_H[homeless[waiting]], distance, choice))
+        turn = np.arange(len(order)) - np.searchsorted(choice[order], choice[order])
+        settled = order[turn < room - count_V[choice[order]]]
+        new_H[waiting[settled]] = choice[settled]
+        count_V = count_V + np.bincount(choice[settled], minlength=len(count_V))
+        waiting = np.setdiff1d(waiting, waiting[settled])
+    held.ask("recode", row_H[homeless], new_H)
+    return count_V
+
+
+def _nearest_of(vectors_HF: Array, centroids_VF: Array, free: Array) -> tuple[Array, Array]:
+    import faiss
+
+    index = faiss.IndexFlatL2(centroids_VF.shape[1])
+    index.add(np.ascontiguousarray(centroids_VF[free]))
+    distance_H1, place_H1 = index.search(np.ascontiguousarray(vectors_HF), 1)
+    return free[place_H1[:, 0]], distance_H1[:, 0]
+
+
+def to_grid(held: Shards) -> float:
+    """Bring what is left of the vectors to the grid on which their sums are exact, and the step of that grid."""
+    largest = squares(held)[1]
+    step = float(2.0 ** (math.ceil(math.log2(largest)) - 23)) if largest > 0 else 1.0
+    held.ask("to_grid", step)
+    return step
+
+
+def squares(held: Shards) -> tuple[float, float, int]:
+    """Mean squared length of what is left of the vectors, its largest entry, their number."""
+    parts = held.ask("squares")
+    count = sum(part[2] for part in parts)
+    return math.fsum(total for part in parts for total in part[0]) / max(count, 1), max(part[1] for part in parts), count
+
+
+def farthest(parts: Sequence[tuple[Array, Array, Array]], count: int) -> tuple[Array, Array, Array]:
+    """Of several answers to `worst` the worst `count` different vectors, farthest first, then by row."""
+    parts = [part for part in parts if len(part[0])]
+    if not parts:
+        return np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+    row_H, distance_H, left_HF = (np.concatenate([part[place] for part in parts]) for place in range(3))
+    order = np.lexsort((row_H, -distance_H))
+    _, first = np.unique(row_bytes(left_HF[order]), return_index=True)
+    best = order[np.sort(first)[:count]]
+    return row_H[best], distance_H[best], left_HF[best]
+
+
+def row_bytes(vectors_NF: Array) -> Array:
+    """Each row as one opaque value, so that equal rows can be found by sorting. -0.0 counts as 0.0."""
+    rows = np.ascontiguousarray(vectors_NF + np.float32(0))
+    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
