@@ -15,11 +15,13 @@ fi
 
 export OMP_NUM_THREADS=1 PYTHONHASHSEED=0 WANDB_MODE=offline HF_HUB_OFFLINE=1
 unset RAY_ADDRESS
-# The checks that look at the text alone, side by side; the slowest is the last to be told.
-"$VENV/bin/mypy" >"$VENV/mypy.log" 2>&1 & typed=$!
 "$VENV/bin/ruff" check
 "$VENV/bin/ruff" format --check
 "$VENV/bin/lint-imports"
-wait "$typed" || { cat "$VENV/mypy.log" >&2; fail "mypy found the above"; }
+"$VENV/bin/mypy" >"$VENV/mypy.log" 2>&1 & typed=$!  # beside the tests, which mostly wait
 # Two files at a time, the slow ones first (tests/conftest.py), so that neither process is left with a long one.
-"$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@"
+passed=0
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@" || passed=$?
+wait "$typed" || { cat "$VENV/mypy.log" >&2; fail "mypy found the above"; }
+tail -n 1 "$VENV/mypy.log"
+exit "$passed"

@@ -59,6 +59,7 @@ def run_job(job: Job) -> Outcome:
         if not job.dry_run:
             for holder in (Path(job.values["run_dir"]), *_beside(job)):
                 pipeline.borrow(Run(holder), Run(job.folder), config, job.stage)
+            Run(job.folder).write_config(config)  # also where all is borrowed, and no stage writes it
         (rehearse if job.dry_run else perform)(job.stage, config)
     except Exception as error:  # a job's failure is its outcome
         known = known_error(error)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.csv as pc_csv
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING
 
 from oxyray.errors import ConfigError, DataError
 from oxyray.files import whole
 from oxyray.run import Run
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
 
 VERBS = {
     "encode": "items=FILE [out=FILE.parquet]: the SIDs of new items, and how far they have drifted from the codebook",
@@ -37,6 +37,9 @@ def ask(verb: str, asked: dict[str, str], run: Run) -> None:
 
 
 def encode(run: Run, file: Path, out: Path | None) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     from oxyray.sid.tokenizer import Tokenizer
 
     items = read_items(file)
@@ -53,6 +56,8 @@ def encode(run: Run, file: Path, out: Path | None) -> None:
 
 
 def lookup(run: Run, asked: dict[str, str]) -> None:
+    import pyarrow as pa
+
     from oxyray.data.prepared import Prepared
     from oxyray.sid.tokenizer import Tokenizer
 
@@ -75,6 +80,10 @@ def lookup(run: Run, asked: dict[str, str]) -> None:
 
 def read_items(file: Path) -> pa.Table:
     """Canonical item columns from Parquet or CSV. Raises DataError where that cannot be read or has no item_id."""
+    import pyarrow as pa
+    import pyarrow.csv as pc_csv
+    import pyarrow.parquet as pq
+
     try:
         table = pc_csv.read_csv(file) if file.suffix.lower() == ".csv" else pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
