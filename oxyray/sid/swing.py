@@ -146,7 +146,7 @@ class _Remote:
     def __init__(self, work: Any) -> None:
         import ray
 
-        self.work: Swing = ray.get(work)
+        self.work: Swing = ray.get(work, timeout=600)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Array]:
         return self.work(batch)
