@@ -59,7 +59,7 @@ def main() -> None:
         report = Report("align", to_dict(config) | {"rounds": rounds, "rollout workers": workers}, [SEED])
         with ray_for(config.cluster, 2 + max(workers)):
             with contextlib.redirect_stdout(io.StringIO()):
-                run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "sid", "pretrain", "rank")])
+                run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "fuse", "sid", "pretrain", "rank")])
             print("policy and ranker are there", flush=True)
             found = in_turns(config, rounds, workers)
         where_the_time_goes(report, found[SYNCHRONOUS])

@@ -64,7 +64,7 @@ def main() -> None:
         report = Report("chaos", to_dict(config) | {"kills": options.kills}, list(range(runs)))
         with ray_for(config.cluster, config.processes):
             with contextlib.redirect_stdout(io.StringIO()):
-                run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "sid", "pretrain", "rank")])
+                run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "fuse", "sid", "pretrain", "rank")])
                 calm, _, _ = once(config, Path(folder) / "calm", None)
             rows = [soaked(config, Path(folder) / str(seed), Killer(seed, options.kills), calm) for seed in range(runs)]
     columns = ["run", "killed", "restarts", "seconds", "finished", "steps lost", "steps differing", "worst difference", "said"]

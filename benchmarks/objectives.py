@@ -58,7 +58,7 @@ def main() -> None:
     report = Report(f"objectives_{options.part}_{config.data.name}", to_dict(config), seeds)
     found: dict[str, list[Figures]] = {}
     with one_ray(config.processes):
-        run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "sid", "pretrain", "rank")])
+        run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "fuse", "sid", "pretrain", "rank")])
         for seed in seeds:
             for title, overrides in ways(options.part).items():
                 aligned, begun = once([*words, *overrides, f"align.seed={seed}"], Run(config.run_dir), base / f"{slug(title)}-{seed}")

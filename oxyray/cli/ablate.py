@@ -67,7 +67,7 @@ def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None,
     swept = check(words, sweep=True, config_dir=config_dir)
     if dry_run:
         return sweep("prepare", swept, dry_run)
-    pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "sid")])
+    pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "fuse", "sid")])
     shares = "hydra/launcher=ray" not in shared  # jobs one after the other; else the launcher has a Ray of its own
     with one_ray(config.processes) if shares else nullcontext():
         stages = ("fuse", "sid", "pretrain", "evaluate") if table == "tokenizer" else ("pretrain", "evaluate")

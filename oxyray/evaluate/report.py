@@ -22,7 +22,7 @@ from oxyray.files import read_json, whole
 from oxyray.run import Run
 from oxyray.sid.catalog import Catalog
 
-_STAGES = ("prepare", "sid", "pretrain", "rank", "align", "evaluate")
+_STAGES = ("prepare", "fuse", "sid", "pretrain", "rank", "align", "evaluate")
 
 
 def report(config: Config, run: Run) -> None:

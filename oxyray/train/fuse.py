@@ -212,7 +212,7 @@ class PairStream:
             yield [self._piece(drawn, rank + world * m, world * micro_batches) for m in range(micro_batches)]
 
     def _piece(self, drawn: dict[str, Array], first: int, every: int) -> PairBatch:
-        """Every so-manieth pair of each source; a piece without any has one pair that counts nothing."""
+        """Every `every`-th pair of each source; a piece without any has one pair that counts nothing."""
         mine = {name: self._sides(name, rows[first::every]) for name, rows in drawn.items()}
         if any(len(left) for left, _ in mine.values()):
             return self.inputs.batch(mine)
