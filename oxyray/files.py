@@ -61,6 +61,12 @@ def clear_leftovers(folder: Path) -> None:
             _remove(left)
 
 
+def files_under(path: str | Path) -> list[Path]:
+    """The file itself, or all files in the folder and its folders but hidden ones, in order."""
+    place = Path(path).expanduser()
+    return [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
 def write_json(path: Path, value: Any) -> None:
     with whole(path) as part:
         part.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n")

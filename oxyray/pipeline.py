@@ -26,7 +26,7 @@ from typing import Any
 from oxyray.cluster.start import one_ray
 from oxyray.config import Config, to_dict
 from oxyray.errors import ConfigError, RunError
-from oxyray.files import clear_leftovers, read_json, write_json
+from oxyray.files import clear_leftovers, files_under, read_json, write_json
 from oxyray.run import Run
 from oxyray.tracking import tracked
 
@@ -67,8 +67,13 @@ def source_files(config: Config) -> list[Path]:
     """The files that `prepare` reads: those in `data.path`, or that file itself. The embedded shop reads none."""
     if config.data.source == "mall" or config.data.path is None:
         return []
-    path = Path(config.data.path).expanduser()
-    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return files_under(config.data.path)
+
+
+def vector_files(config: Config) -> list[Path]:
+    """The shop's own item vectors, where they are read."""
+    read = config.sid.vectors == "given" or config.fuse.given
+    return files_under(config.sid.given) if read and config.sid.given else []
 
 
 def _on_workers(group: str) -> tuple[str, ...]:
@@ -94,8 +99,9 @@ STAGES: tuple[Stage, ...] = (
         work="oxyray.train.fuse:fuse",
         folder="fuse",
         reads=("prepare",),
-        settings=("fuse", "sid.encoder"),
+        settings=("fuse", "sid.encoder", "sid.given"),
         speed=_on_workers("fuse"),
+        files=vector_files,
         wanted=lambda config: config.sid.vectors == "fused",
     ),
     Stage(
@@ -107,6 +113,7 @@ STAGES: tuple[Stage, ...] = (
         reads=("prepare", "fuse"),
         settings=("sid",),
         speed=("sid.batch_items", "sid.workers", "sid.cache_dir"),
+        files=vector_files,
     ),
     Stage(
         name="pretrain",

@@ -64,6 +64,7 @@ class Config:
         need(
             beams <= most, "generate.beams", f"{beams} beams are wider than the catalogue of {most} items at most: set it to {most} or less"
         )
+        need(not self.fuse.given or self.sid.given is not None, "sid.given", "must name the file of the vectors for fuse.given=true")
         if self.data.source == "mall":
             need(width <= items, "sid.width", f"{width} codes are more than the shop's {items} items: set it to {items} or less")
 

@@ -112,7 +112,9 @@ class SidConfig:
     """Semantic IDs (paper 2.2.2): text vectors, optionally joined with behaviour, quantised by RQ-KMeans into `levels` codes of `width`.
 
     encoder: minilm (from its package) or the path of any Hugging Face text encoder
-    vectors: text alone, text joined with co-occurrence in the training events, or fused: of the encoder that the stage `fuse` trains
+    vectors: text alone, text joined with co-occurrence in the training events, given: the shop's own, or fused: of the encoder that the
+        stage `fuse` trains
+    given: Parquet file or folder with the columns item_id and vector, for sid.vectors=given and fuse.given=true
     behaviour_dim: dimensions of the behaviour part
     behaviour_weight: weight of the behaviour part beside the text part
     pca_dim: dimensions kept by PCA before quantisation; 0 keeps all
@@ -130,7 +132,8 @@ class SidConfig:
     """
 
     encoder: str = "minilm"
-    vectors: Literal["text", "text_behaviour", "fused"] = "text"
+    vectors: Literal["text", "text_behaviour", "given", "fused"] = "text"
+    given: str | None = None
     behaviour_dim: int = 128
     behaviour_weight: float = 1.0
     pca_dim: int = 0
@@ -146,6 +149,7 @@ class SidConfig:
     cache_dir: str = "~/.cache/oxyray/vectors"
 
     def __post_init__(self) -> None:
+        need(self.vectors != "given" or self.given is not None, "sid.given", "must name the file of the vectors for sid.vectors=given")
         need(self.levels >= 1, "sid.levels", f"must be at least 1, got {self.levels}")
         need(2 <= self.width <= 65536, "sid.width", f"must lie in 2..65536, got {self.width}")
         for name in ("iterations", "workers", "batch_items", "behaviour_dim"):

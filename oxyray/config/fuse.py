@@ -43,6 +43,7 @@ class FuseConfig(CourseConfig):
     """Training of the item encoder from pairs that belong together (paper 4.2). It is needed where sid.vectors=fused.
 
     text: whether it reads the items' texts
+    given: whether it reads the shop's own vectors of `sid.given`
     pictures: none; small: a convolutional encoder for small pictures, trained here; or the path of any Hugging Face vision model, frozen
     picture_size: pictures are brought to this many pixels a side, where pictures=small
     rates: shares of the pairs by source: swing (two items taken by the same users), query (what was typed, and the item taken), peers (two
@@ -55,6 +56,7 @@ class FuseConfig(CourseConfig):
     max_minutes: float | None = None
     patience: int = 3
     text: bool = True
+    given: bool = False
     pictures: str = "none"
     picture_size: int = 32
     rates: dict[str, float] = field(default_factory=lambda: {"swing": 1.0})
@@ -71,6 +73,10 @@ class FuseConfig(CourseConfig):
         need(not unknown, ".rates", f"no source {', '.join(unknown)}; known are {', '.join(SOURCES)}")
         need(all(rate >= 0 for rate in self.rates.values()), ".rates", f"must be 0 or more, got {self.rates}")
         need(sum(self.rates.values()) > 0, ".rates", "all are 0, so there is nothing to learn from: give one a rate")
-        need(self.text or self.pictures != "none", ".text", "false with pictures=none leaves nothing to read: set one of them")
+        need(
+            self.text or self.given or self.pictures != "none",
+            ".text",
+            "false, with given=false and pictures=none, leaves nothing to read",
+        )
         need(self.text or not self.rates.get("query"), ".rates.query", "needs fuse.text=true: queries are texts")
         need(self.picture_size % 8 == 0 and self.picture_size > 0, ".picture_size", f"must be a multiple of 8, got {self.picture_size}")

@@ -1,12 +1,14 @@
 """One vector an item from its text and its picture (paper 2.2.2, 4.2): projections into one width, a Q-Former, an MLP.
 
-A few learned queries read the item's tokens (its text's vector, its picture's patches) layer by layer. Queries are refined, not begun anew:
-a layer's queries are the layer's own learned ones plus what the layer before made of its own (residual initialisation). Text and picture
-encoders are frozen and their vectors come from a cache; small pictures may be read by a small convolutional encoder, which is trained here.
+A few learned queries read the item's tokens (its text's vector, its picture's patches, a vector of the shop's own) layer by layer. Queries
+are refined, not begun anew: a layer's queries are the layer's own learned ones plus what the layer before made of its own (residual
+initialisation). Text and picture encoders are frozen and their vectors come from a cache; small pictures may be read by a small
+convolutional encoder, which is trained here.
 
 What users typed is brought into the items' space by a projection of its own, so that a query and the item taken there can be a pair.
 
-Legend: N items, T tokens of an item, Q queries, D inner width, F text width, G vision width, J output width.
+Legend: N items, T tokens of an item, Q queries, D inner width, F text width, G vision width,
+W width of the shop's own vectors, J output width.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,24 +35,31 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class ItemTokens:
-    """What the item encoder reads of every item: text vectors (I, F), patches (I, T, G) or pixels (I, 3, S, S), and who has a picture;
-    None where items have none. The arrays may be maps of files."""
+    """What the item encoder reads of every item: text vectors (I, F), patches (I, T, G) or pixels (I, 3, S, S), who has a picture, and the
+    shop's own vectors (I, W); None where items have none. The arrays may be maps of files."""
 
-    text_IF: np.ndarray | None
-    vision_I: np.ndarray | None
-    seen_I: np.ndarray | None
+    text_IF: np.ndarray | None = None
+    vision_I: np.ndarray | None = None
+    seen_I: np.ndarray | None = None
+    given_IW: np.ndarray | None = None
 
     def __len__(self) -> int:
-        held = self.text_IF if self.text_IF is not None else self.vision_I
-        assert held is not None
-        return len(held)
+        return next(len(held) for held in vars(self).values() if held is not None)
 
-    def take(self, rows_N: np.ndarray) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        text, vision, seen = (
-            None if each is None else torch.from_numpy(np.ascontiguousarray(each[rows_N]))
-            for each in (self.text_IF, self.vision_I, self.seen_I)
-        )
-        return text, vision, seen
+    def take(self, rows_N: np.ndarray) -> Tokens:
+        return Tokens(*(None if each is None else torch.from_numpy(np.ascontiguousarray(each[rows_N])) for each in vars(self).values()))
+
+
+class Tokens(NamedTuple):
+    """The same of some items, as tensors."""
+
+    text_NF: Tensor | None = None
+    vision_N: Tensor | None = None
+    seen_N: Tensor | None = None
+    given_NW: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Tokens:
+        return Tokens(*(None if each is None else each.to(device) for each in self))
 
 
 class PictureEncoder(nn.Module):
@@ -89,12 +98,13 @@ class QFormerLayer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """`text` and `vision` are the widths of the frozen encoders' vectors; 0 where items have none. `picture`: pictures come as pixels."""
+    """`text` and `vision` are the widths of the frozen encoders' vectors, `given` that of the shop's own; 0 where items have none.
+    `picture`: pictures come as pixels."""
 
-    def __init__(self, config: FusionConfig, text: int, vision: int, picture: bool) -> None:
+    def __init__(self, config: FusionConfig, text: int, vision: int, picture: bool, given: int = 0) -> None:
         super().__init__()
         D = config.width
-        self.about = {"model": asdict(config), "text": text, "vision": vision, "picture": picture}
+        self.about = {"model": asdict(config), "text": text, "vision": vision, "picture": picture, "given": given}
         self.text = nn.Linear(text, D) if text else None
         self.vision = nn.Linear(vision, D) if vision else None
         self.picture = PictureEncoder(D) if picture else None
@@ -103,25 +113,29 @@ class Fusion(nn.Module):
         read = config.queries * D if config.layers else D
         self.out = nn.Sequential(nn.LayerNorm(read), nn.Linear(read, D), nn.GELU(), nn.Linear(D, config.out))
         self.skip = nn.Linear(text, config.out, bias=False) if text else None
+        self.given = nn.ModuleDict({"token": nn.Linear(given, D), "skip": nn.Linear(given, config.out, bias=False)}) if given else None
         self.query = nn.Sequential(nn.Linear(text, D), nn.GELU(), nn.Linear(D, config.out)) if text else None
 
-    def forward(self, text_NF: Tensor | None, vision_NTG: Tensor | None, seen_N: Tensor | None) -> Tensor:
-        """(N, J), of length 1. `vision_NTG` are vectors of patches, or pixels (N, 3, S, S); `seen_N` says which items have a picture."""
-        tokens, absent = [], []
+    def forward(self, items: Tokens) -> Tensor:
+        """(N, J), of length 1. `vision_N` are vectors of patches (N, T, G), or pixels (N, 3, S, S); `seen_N` says which items have a
+        picture."""
+        tokens, absent, direct = [], [], []
         if self.text is not None:
-            assert text_NF is not None
-            tokens.append(self.text(text_NF)[:, None] + self.kind[0])
-            absent.append(torch.zeros(len(text_NF), 1, dtype=torch.bool, device=text_NF.device))
+            assert items.text_NF is not None
+            assert self.skip is not None
+            tokens.append(self.text(items.text_NF)[:, None] + self.kind[0])
+            direct.append(self.skip(items.text_NF))
+        if self.given is not None:
+            tokens.append(self.given["token"](items.given_NW)[:, None])
+            direct.append(self.given["skip"](items.given_NW))
+        absent += [torch.zeros(len(token), 1, dtype=torch.bool, device=token.device) for token in tokens]
         if self.vision is not None or self.picture is not None:
-            assert vision_NTG is not None
-            assert seen_N is not None
-            patch_NTD = self.vision(vision_NTG) if self.vision is not None else self.picture(vision_NTG)  # type: ignore[misc]
-            tokens.append(patch_NTD.where(seen_N[:, None, None], 0) + self.kind[1])
-            absent.append(~seen_N[:, None].expand(-1, patch_NTD.shape[1]))
-        out_NJ = self.out(self._read(torch.cat(tokens, dim=1), torch.cat(absent, dim=1)))
-        if self.skip is not None:
-            out_NJ = out_NJ + self.skip(text_NF)
-        return F.normalize(out_NJ, dim=-1)
+            assert items.seen_N is not None
+            patch_NTD = self.vision(items.vision_N) if self.vision is not None else self.picture(items.vision_N)  # type: ignore[misc]
+            tokens.append(patch_NTD.where(items.seen_N[:, None, None], 0) + self.kind[1])
+            absent.append(~items.seen_N[:, None].expand(-1, patch_NTD.shape[1]))
+        read_NJ = self.out(self._read(torch.cat(tokens, dim=1), torch.cat(absent, dim=1)))
+        return F.normalize(sum(direct, start=read_NJ), dim=-1)
 
     def _read(self, token_NTD: Tensor, absent_NT: Tensor) -> Tensor:
         """What the queries made of the tokens, side by side; without layers the mean of the tokens that there are."""
@@ -150,7 +164,8 @@ class Fusion(nn.Module):
     def load(cls, folder: Path) -> Fusion:
         """In eval mode. Raises RunError when a file is missing or damaged."""
         about = read_json(folder / "model.json")
-        made = cls(from_dict(FusionConfig, about["model"], "fuse.model."), about["text"], about["vision"], about["picture"])
+        widths = (about["text"], about["vision"], about["picture"], about.get("given", 0))
+        made = cls(from_dict(FusionConfig, about["model"], "fuse.model."), *widths)
         try:
             made.load_state_dict(load_file(folder / "fusion.safetensors"))
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -163,8 +178,6 @@ class Fusion(nn.Module):
         device = next(self.parameters()).device
         parts = []
         for start in range(0, len(items), batch):
-            text, vision, seen = (
-                None if each is None else each.to(device) for each in items.take(np.arange(start, min(start + batch, len(items))))
-            )
-            parts.append(self(text, vision, seen).float().cpu().numpy())
+            some = items.take(np.arange(start, min(start + batch, len(items))))
+            parts.append(self(some.to(device)).float().cpu().numpy())
         return np.concatenate(parts)

@@ -24,6 +24,7 @@ from oxyray.progress import bar
 from oxyray.sid.cache import VectorCache, content_keys
 from oxyray.sid.encoder import encode, encoder_identity, item_texts
 from oxyray.sid.fusion import ItemTokens
+from oxyray.sid.given import given_vectors
 
 Array = np.ndarray
 TOKENS = 5
@@ -31,16 +32,17 @@ TOKENS = 5
 
 def item_tokens(items: pa.Table, fuse: FuseConfig, sid: SidConfig, cluster: ClusterConfig) -> ItemTokens:
     """What the item encoder reads of these items (canonical columns). Raises ConfigError where pictures are asked for and there is no
-    column of them; as `encode`, `pixels` and `patches`."""
+    column of them; as `encode`, `pixels`, `patches` and `given_vectors`."""
     text_IF = encode(item_texts(items), sid, cluster) if fuse.text else None
+    given_IW = given_vectors(sid.given, items["item_id"].to_pylist()) if fuse.given and sid.given else None
     if fuse.pictures == "none":
-        return ItemTokens(text_IF, None, None)
+        return ItemTokens(text_IF, given_IW=given_IW)
     if "image" not in items.column_names:
         raise ConfigError(f"fuse.pictures={fuse.pictures}: the items have no column `image`: set fuse.pictures=none")
     images = items["image"].to_pylist()
     small = fuse.pictures == "small"
     vision_I, seen_I = pixels(images, fuse.picture_size) if small else patches(images, fuse.pictures, sid.cache_dir)
-    return ItemTokens(text_IF, vision_I, seen_I)
+    return ItemTokens(text_IF, vision_I, seen_I, given_IW)
 
 
 def pixels(images: Sequence[bytes | None], size: int) -> tuple[Array, Array]:

@@ -21,6 +21,7 @@ from oxyray.sid import rqkmeans
 from oxyray.sid.behaviour import Joiner, behaviour_vectors
 from oxyray.sid.catalog import Catalog
 from oxyray.sid.encoder import TEXT_COLUMNS, encode, encoder_folder, encoder_identity, item_texts
+from oxyray.sid.given import given_vectors
 from oxyray.sid.pairs import training_events
 from oxyray.sid.quality import quality, table
 from oxyray.sid.queries import QueryVectors, distinct_queries, exposures_file
@@ -47,7 +48,11 @@ def sid(config: Config, run: Run) -> None:
     if settings.vectors == "text_behaviour":
         behaviour_ID = behaviour_vectors(training_events(prepared), items.num_rows, settings.behaviour_dim, settings.seed)
         seconds["behaviour"], clock = time.monotonic() - clock, time.monotonic()
-    content_IF = fused_vectors(run, items.num_rows) if settings.vectors == "fused" else text_IF
+    content_IF = text_IF
+    if settings.vectors == "given" and settings.given:
+        content_IF = given_vectors(settings.given, items.column("item_id").to_pylist())
+    elif settings.vectors == "fused":
+        content_IF = fused_vectors(run, items.num_rows)
     joiner = Joiner.fit(content_IF, behaviour_ID, settings.behaviour_weight, settings.pca_dim)
     vectors_IJ = joiner.apply(content_IF, behaviour_ID)
     fit = rqkmeans.fit(

@@ -23,6 +23,7 @@ from oxyray.sid.catalog import Catalog
 from oxyray.sid.collisions import numbered, told_apart
 from oxyray.sid.encoder import encode, encoder_folder, encoder_identity, item_texts
 from oxyray.sid.fusion import Fusion
+from oxyray.sid.given import given_vectors
 from oxyray.sid.pictures import item_tokens
 from oxyray.sid.rqkmeans import RQKMeans
 
@@ -106,6 +107,8 @@ class Tokenizer:
 
     def _vectors(self, items: pa.Table) -> Array:
         config = self.config
+        if config.sid.vectors == "given" and config.sid.given:
+            return given_vectors(config.sid.given, items.column("item_id").to_pylist())
         if config.sid.vectors != "fused":
             return encode(item_texts(items), config.sid, config.cluster)
         fusion = Fusion.load(self.run.need("fuse", "model", stage="fuse"))

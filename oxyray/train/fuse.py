@@ -26,7 +26,8 @@ from oxyray.model.retrieval import gathered, precise
 from oxyray.model.tables import TableSpec
 from oxyray.run import Run
 from oxyray.sid.encoder import TEXT_COLUMNS, encode
-from oxyray.sid.fusion import Fusion, ItemTokens
+from oxyray.sid.fusion import Fusion, ItemTokens, Tokens
+from oxyray.sid.given import given_mark
 from oxyray.sid.pairs import Mixture, sources
 from oxyray.sid.pictures import item_tokens
 from oxyray.sid.queries import distinct_queries
@@ -56,7 +57,8 @@ def gather_inputs(config: Config, run: Run, prepared: Prepared) -> None:
     """`RUN/fuse/inputs`: what all workers read, made once."""
     settings, columns = config.fuse, prepared.item_columns("item_id", *TEXT_COLUMNS, "image")
     wanted = {"data": prepared.meta.fingerprint, "encoder": config.sid.encoder, "text": settings.text, "pictures": settings.pictures,
-              "size": settings.picture_size, "rates": settings.rates, "neighbours": settings.neighbours}  # fmt: skip
+              "size": settings.picture_size, "given": given_mark(config.sid.given) if settings.given and config.sid.given else None,
+              "rates": settings.rates, "neighbours": settings.neighbours}  # fmt: skip
     folder = run.path("fuse", "inputs")
     if (folder / "about.json").exists() and read_json(folder / "about.json") == wanted:
         return
@@ -67,7 +69,7 @@ def gather_inputs(config: Config, run: Run, prepared: Prepared) -> None:
     with whole(folder) as part:
         part.mkdir(parents=True)
         np.savez(part / "pairs.npz", **arrays)  # type: ignore[arg-type]
-        held = {"text": items.text_IF, "vision": items.vision_I, "seen": items.seen_I}
+        held = {"text": items.text_IF, "vision": items.vision_I, "seen": items.seen_I, "given": items.given_IW}
         if settings.text:
             held["query"] = encode(asked_W.to_pylist(), config.sid, config.cluster)
         for name, values in held.items():
@@ -86,7 +88,7 @@ class FuseInputs:
             path = folder / f"{name}.npy"
             return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
 
-        self.items, self.query_WF = ItemTokens(held("text"), held("vision"), held("seen")), held("query")
+        self.items, self.query_WF = ItemTokens(*map(held, ("text", "vision", "seen", "given"))), held("query")
         with np.load(folder / "pairs.npz", allow_pickle=False) as file:
             names = sorted({name.rsplit("_", 2)[0] for name in file.files})
             self.pairs = {name: Pairs(*(file[f"{name}_{side}"] for side in ("left_P", "right_P", "weight_P"))) for name in names}
@@ -109,21 +111,18 @@ class FuseInputs:
         query_W = np.unique(left_P[left_P < 0])
         query_WF = None if self.query_WF is None else torch.from_numpy(np.ascontiguousarray(self.query_WF[-1 - query_W]))
         place_P = np.where(left_P >= 0, np.searchsorted(item_U, left_P), len(item_U) + np.searchsorted(query_W, left_P))
-        text, vision, seen = self.items.take(item_U)
         left_id, right_id, left, right = (
             torch.from_numpy(each.astype(np.int64)) for each in (left_P, right_P, place_P, np.searchsorted(item_U, right_P))
         )
-        return PairBatch(text, vision, seen, query_WF, left_id, right_id, left, right, torch.full((len(left_P),), weight))
+        return PairBatch(self.items.take(item_U), query_WF, left_id, right_id, left, right, torch.full((len(left_P),), weight))
 
 
 @dataclass
 class PairBatch:
-    """Distinct items (text, patches or pixels, who has a picture) and query texts, and pairs of them. `left_id_P` are items, or query
-    texts as -1, -2, …; `left_P` and `right_P` point into the items with the query texts behind them."""
+    """Distinct items and query texts, and pairs of them. `left_id_P` are items, or query texts as -1, -2, …; `left_P` and `right_P` point
+    into the items with the query texts behind them."""
 
-    text_UF: Tensor | None
-    vision_U: Tensor | None
-    seen_U: Tensor | None
+    items: Tokens
     query_WF: Tensor | None
     left_id_P: Tensor
     right_id_P: Tensor
@@ -151,7 +150,7 @@ class Contrast(nn.Module):
 
     def sides(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Vectors of both sides of the pairs: (P, J) each."""
-        table = [self.fusion(batch.text_UF, batch.vision_U, batch.seen_U)]
+        table = [self.fusion(batch.items)]
         if batch.query_WF is not None:  # also where no query was drawn: every weight takes part in every step
             table.append(self.fusion.asked(batch.query_WF))
         vector = torch.cat(table)
@@ -242,7 +241,8 @@ class FuseTask:
         text = 0 if items.text_IF is None else int(items.text_IF.shape[1])
         small = settings.pictures == "small"
         vision = 0 if items.vision_I is None or small else int(items.vision_I.shape[2])
-        return Contrast(Fusion(settings.model, text, vision, small), settings.model.temperature)
+        given = 0 if items.given_IW is None else int(items.given_IW.shape[1])
+        return Contrast(Fusion(settings.model, text, vision, small, given), settings.model.temperature)
 
     def tables(self) -> list[TableSpec]:
         return []

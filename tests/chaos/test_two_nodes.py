@@ -21,7 +21,7 @@ from oxyray.align.stage import align
 from oxyray.cluster.fleet import Fleet
 from oxyray.cluster.placement import Plan, options, reserved
 from oxyray.cluster.publish import PublishedShard
-from oxyray.cluster.rows import RowsLost, SpreadReader, dismiss, here, serve, several_nodes
+from oxyray.cluster.rows import RowsLost, SpreadReader, dismiss, here, serve
 from oxyray.cluster.wait import ProcessLost
 from oxyray.config import Config
 from oxyray.run import Run
@@ -78,29 +78,25 @@ def config(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Config:
     return dataclasses.replace(made, cluster=dataclasses.replace(made.cluster, address=place.cluster.address))
 
 
-@pytest.fixture(scope="module")
-def on_one_node(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    made, run = copied(config, tmp_path_factory.mktemp("one") / "run")
-    assert not several_nodes()
-    align(made, run)
-    assert sorted(losses(run)) == list(range(1, STEPS + 1))
-    return losses(run)
-
-
 def drift(run: Run) -> float:
     """By how much trainer and rollout differ on a probability: no wrong row would pass."""
     return float(max(line["drift"] for line in run.metrics("align") if "drift" in line))
 
 
-def test_a_rollout_worker_away_from_the_learner_reads_its_rows_and_moves_when_its_node_is_lost(
-    place: Place, config: Config, on_one_node: dict[int, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, run = copied(config, tmp_path / "run")
+@pytest.fixture(scope="module")
+def away(place: Place, config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Witness, str]:
+    """A run whose rollout worker is on the second node until that is lost; who saw it, and the node's id."""
+    made, run = copied(config, tmp_path_factory.mktemp("away") / "run")
     witness = Witness(place, lambda step: place.lose() if step == 2 else None)
-    monkeypatch.setattr(loop, "run", witness.run)
-    with place.second(cpus=2, left=1) as second:
+    with pytest.MonkeyPatch.context() as patch, place.second(cpus=2, left=1) as second:
+        patch.setattr(loop, "run", witness.run)
         align(made, run)
-    assert losses(run) == pytest.approx(on_one_node, rel=1e-5)
+    return run, witness, second
+
+
+def test_a_rollout_worker_away_from_the_learner_reads_its_rows_and_moves_when_its_node_is_lost(away: tuple[Run, Witness, str]) -> None:
+    run, witness, second = away
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
     assert drift(run) < 1e-4
     assert witness.learners == [{here()}] * STEPS
     assert witness.rollouts == [second, second, here(), here()]
@@ -112,7 +108,7 @@ def test_a_rollout_worker_away_from_the_learner_reads_its_rows_and_moves_when_it
 
 
 def test_learners_on_two_nodes_serve_one_table_and_begin_again_on_one_when_a_node_is_lost(
-    place: Place, config: Config, on_one_node: dict[int, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, config: Config, away: tuple[Run, Witness, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, run = copied(config, tmp_path / "run", learners=2)
     lost: list[int] = []
@@ -126,7 +122,7 @@ def test_learners_on_two_nodes_serve_one_table_and_begin_again_on_one_when_a_nod
     monkeypatch.setattr(loop, "run", witness.run)
     with place.second(cpus=3, left=1) as second:
         align(made, run)
-    assert losses(run) == pytest.approx(on_one_node, rel=1e-3), "two learners add up in another order than one"
+    assert losses(run) == pytest.approx(losses(away[0]), rel=1e-3), "two learners add up in another order than one"
     assert drift(run) < 1e-4
     assert witness.learners == [{here(), second}] * 3 + [{here()}] * 2, "they began again from the checkpoint of step 2"
     assert witness.rollouts == [second] * 3 + [here()] * 2

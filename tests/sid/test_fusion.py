@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,21 @@ def test_pictures_alone_and_texts_alone() -> None:
     found = Fusion(SMALL, 0, 7, False).eval().vectors(ItemTokens(None, given.vision_I, given.seen_I))
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[1], found[3], atol=1e-6)  # neither is known by anything
+
+
+def test_the_shops_own_vectors_beside_texts_and_alone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    given = items()
+    own_IW = np.random.default_rng(5).standard_normal((6, 4)).astype(np.float32)
+    fusion = Fusion(SMALL, 10, 7, False, 4).eval()
+    both = fusion.vectors(replace(given, given_IW=own_IW))
+    fusion.save(tmp_path / "model", fusion.state_dict())
+    np.testing.assert_array_equal(Fusion.load(tmp_path / "model").vectors(replace(given, given_IW=own_IW)), both)
+    changed = own_IW.copy()
+    changed[2] += 1
+    same = np.isclose(fusion.vectors(replace(given, given_IW=changed)), both, atol=1e-6).all(axis=1)
+    assert same.tolist() == [True, True, False, True, True, True]
+    assert Fusion(SMALL, 0, 0, False, 4).eval().vectors(ItemTokens(given_IW=own_IW)).shape == (6, 12)
 
 
 def test_queries_are_refined_from_layer_to_layer() -> None:

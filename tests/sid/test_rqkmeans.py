@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oxyray.errors import CatalogueError
+from oxyray.sid.collisions import numbered, told_apart
 from oxyray.sid.rqkmeans import RQKMeans, fit
 
 
@@ -75,6 +76,20 @@ def test_dead_codes_are_seeded_again() -> None:
     made = fit(vectors, levels=1, width=64, iterations=10)
     assert made.unused_L == (0,)
     assert made.duplicates == 899
+
+
+def test_one_vector_ten_thousand_times() -> None:
+    vectors = np.concatenate([clusters(40, 2, spread=0.3, seed=3), np.ones((10_000, 8), np.float32)])
+    plain = fit(vectors, levels=3, width=16)
+    assert (plain.unused_L[0], plain.duplicates) == (0, 9_999)
+    assert len(np.unique(plain.codes_NL[80:], axis=0)) == 1, "equal vectors are given equal codes"
+    apart = told_apart(plain.codes_NL, vectors, plain.codebook, 4.0)
+    moved = len(np.unique(apart[80:], axis=0))
+    assert 1 < moved <= 16, "as many as the last level has near codes for are told apart, the rest share"
+    assert (apart[:, :2] == plain.codes_NL[:, :2]).all()
+    extra = numbered(plain.codes_NL, 16)
+    assert len(np.unique(extra[80:], axis=0)) == 16
+    assert (extra[:, :3] == plain.codes_NL).all()
 
 
 def test_as_many_codes_as_different_vectors() -> None:

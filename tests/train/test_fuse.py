@@ -13,9 +13,10 @@ import torch
 
 from oxyray.cli.compose import check, compose_config
 from oxyray.config import FusionConfig
+from oxyray.data.prepared import Prepared
 from oxyray.pipeline import STAGES, run_all
 from oxyray.run import Run
-from oxyray.sid.fusion import Fusion
+from oxyray.sid.fusion import Fusion, Tokens
 from oxyray.sid.tokenizer import Tokenizer
 from oxyray.train.fuse import Contrast, FuseInputs, PairBatch
 from tests.train.train_workers import run as spawn
@@ -35,7 +36,7 @@ def batch(rows: list[int], dead: int | None = None) -> PairBatch:
     text_UF, query_WF = (torch.from_numpy(random.normal(size=(count, 6))) for count in (6, 2))
     left, right = (torch.tensor([PAIRS[row][side] for row in rows]) for side in (0, 1))
     weight = torch.tensor([0.0 if row == dead else 1.0 for row in rows])
-    return PairBatch(text_UF, None, None, query_WF, left, right, torch.where(left >= 0, left, 5 - left), right, weight)
+    return PairBatch(Tokens(text_UF), query_WF, left, right, torch.where(left >= 0, left, 5 - left), right, weight)
 
 
 def slow(rows: list[int], dead: int | None = None) -> torch.Tensor:
@@ -92,10 +93,16 @@ def test_the_stage_learns_from_all_sources(tmp_path: Path) -> None:
              "fuse=sources", "fuse.pictures=small", "fuse.epochs=1", "fuse.pairs_per_step=64",
              "fuse.threads_per_worker=1", "fuse.model.width=32", "fuse.model.out=32",
              f"run_dir={tmp_path / 'run'}", f"sid.cache_dir={tmp_path / 'cache'}"]  # fmt: skip
+    words += ["fuse.given=true", f"sid.given={tmp_path / 'own.parquet'}"]
     config = compose_config(check(words))
-    run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "fuse", "sid")])
+    run_all(config, [stage for stage in STAGES if stage.name == "prepare"])
+    ids = Prepared.load(tmp_path / "run" / "data").item_columns("item_id")["item_id"].to_pylist()
+    own_IW = np.random.default_rng(4).normal(size=(len(ids), 5)).astype(np.float32)
+    pq.write_table(pa.table({"item_id": [*ids, "n1", "n2", "n3"], "vector": [*own_IW, *own_IW[:3]]}), tmp_path / "own.parquet")
+    run_all(config, [stage for stage in STAGES if stage.name in ("fuse", "sid")])
     run = Run(config.run_dir)
     inputs = FuseInputs(run)
+    np.testing.assert_array_equal(inputs.items.given_IW, own_IW)
     assert set(inputs.pairs) == {"swing", "query", "peers"}
     learned, held = inputs.split(config.fuse.seed)
     assert sum(map(len, learned.values())) + sum(map(len, held.values())) == sum(map(len, inputs.pairs.values()))
@@ -110,5 +117,5 @@ def test_the_stage_learns_from_all_sources(tmp_path: Path) -> None:
     twin = pq.read_table(tokenizer.run.path("source", "items.parquet")).slice(0, 3)
     twin = twin.set_column(twin.column_names.index("item_id"), "item_id", pa.array(["n1", "n2", "n3"], pa.large_string()))
     encoded = tokenizer.encode(twin)
-    assert (encoded.codes_NL[:, :3] == tokenizer.catalog.codes_IL[:3, :3]).all(), "the same text and picture: the same codes"
+    assert (encoded.codes_NL[:, :3] == tokenizer.catalog.codes_IL[:3, :3]).all(), "the same text, picture and vector: the same codes"
     assert (encoded.codes_NL[:, 3] > tokenizer.catalog.codes_IL[:3, 3]).all()
