@@ -2,7 +2,8 @@
 
 Vectors lie in blocks, blocks in shards: one in this process, or one in each of some Ray actors. A round sends the centroids out and gets
 each shard's sums and counts back. Vectors are brought to a grid of 24 bits, so that float64 adds them up without rounding, in any order:
-the same seed gives the same centroids on any number of workers. Which centroid is nearest is faiss's business, block by block.
+the same seed gives the same centroids on any number of workers, and a sum is kept up by the few vectors that changed their code. Which
+centroid is nearest is faiss's business, block by block.
 
 A bound on the load works by prices: each code's price is added to its squared distances, and rises while the code is too full; and codes
 that are nearly empty go where too many vectors share one. What is still too much in the end goes, farthest first, to the next nearest code
@@ -41,6 +42,11 @@ class Shard:
         self.codes: list[Array] = []
         self.step = 1.0
         self.distances: list[Array] = []
+        self._begin_sums()
+
+    def _begin_sums(self) -> None:
+        self._sum_VF: Array | None = None
+        self._summed: dict[int, Array] = {}  # by block: the codes that its vectors are counted under
 
     def train_on(self, rows: Array | None) -> None:
         """Only these (global row numbers, sorted) take part in `sums`; None: all."""
@@ -49,6 +55,7 @@ class Shard:
             for place, (first, left_NF) in enumerate(zip(self.firsts, self.left, strict=True)):
                 low, high = np.searchsorted(rows, [first, first + len(left_NF)])
                 self.trained[place] = left_NF[rows[low:high] - first]
+        self._begin_sums()
 
     def to_grid(self, step: float) -> None:
         """Round what is left to multiples of `step`, a power of two that float32 has room for."""
@@ -61,19 +68,18 @@ class Shard:
     def sums(self, centroids_VF: Array, price_V: Array, errors: bool) -> tuple[Array, Array, Array]:
         """Of each code's vectors: their sum (V, F) float64, exact; their number (V,); with `errors` the sum of their squared distances in
         the grid's units, as whole numbers."""
-        from scipy import sparse
-
-        sum_VF = np.zeros(centroids_VF.shape)
+        if self._sum_VF is None:
+            self._sum_VF = np.zeros(centroids_VF.shape)
         count_V, error_V = np.zeros(len(centroids_VF), dtype=np.int64), np.zeros(len(centroids_VF))
         nearest = Nearest(centroids_VF, price_V)
-        for vectors_NF in (block for block in self.trained if len(block)):
+        for place, vectors_NF in ((place, block) for place, block in enumerate(self.trained) if len(block)):
             code_N, distance_N = nearest(vectors_NF)
-            ones = sparse.csc_matrix((np.ones(len(code_N)), code_N, np.arange(len(code_N) + 1)), shape=(len(centroids_VF), len(code_N)))
-            sum_VF += ones @ vectors_NF.astype(np.float64)
+            self._sum_VF += change(len(centroids_VF), vectors_NF, self._summed.get(place), code_N)
+            self._summed[place] = code_N
             count_V += np.bincount(code_N, minlength=len(centroids_VF))
             if errors:
                 error_V += np.bincount(code_N, weights=np.rint(distance_N / self.step), minlength=len(centroids_VF))
-        return sum_VF, count_V, error_V
+        return self._sum_VF, count_V, error_V
 
     def assign(self, centroids_VF: Array, price_V: Array) -> Array:
         """Give every vector its code; how many each code has."""
@@ -123,7 +129,22 @@ class Shard:
         """Go on to the next level with what the codes leave; the codes of this one, by first row."""
         for left_NF, code_N in zip(self.left, self.codes, strict=True):
             left_NF -= centroids_VF[code_N]
+        self._begin_sums()
         return list(zip(self.firsts, self.codes, strict=True))
+
+
+def change(width: int, vectors_NF: Array, before_N: Array | None, after_N: Array) -> Array:
+    """By how much each code's sum (V, F) changes when vectors leave the codes `before_N` (None: they had none) for those of `after_N`."""
+    from scipy import sparse
+
+    moved = np.arange(len(after_N)) if before_N is None else np.flatnonzero(after_N != before_N)
+    signs, codes = np.ones((len(moved), 1)), after_N[moved, None]
+    if before_N is not None:
+        signs, codes = np.concatenate([signs, -signs], axis=1), np.concatenate([codes, before_N[moved, None]], axis=1)
+    starts = np.arange(len(moved) + 1) * signs.shape[1]
+    moves_VM = sparse.csc_matrix((signs.reshape(-1), codes.reshape(-1), starts), shape=(width, len(moved)))
+    change_VF: Array = moves_VM @ vectors_NF[moved].astype(np.float64)
+    return change_VF
 
 
 class Nearest:
