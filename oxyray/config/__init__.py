@@ -55,6 +55,11 @@ class Config:
             "generate.normalise",
             "over the whole vocabulary needs model.head=codes: the tied head scores a prefix's children only",
         )
+        need(
+            self.generate.normalise == "children" or not self.model.repeats,
+            "generate.normalise",
+            "over the whole vocabulary does not know what was had already: set model.repeats=false",
+        )
         beams, top = self.generate.beams, max(self.evaluate.ks)
         need(top <= beams, "generate.beams", f"{beams} beams cannot fill the top {top} of evaluate.ks: set generate.beams={top} or more")
         most, width = self.sid.width**self.sid.levels, self.sid.width

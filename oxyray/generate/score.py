@@ -50,16 +50,22 @@ class Pairs:
 
 def logprobs(hidden_MD: Tensor, outputs: Outputs, tree: Tree, level: int, pairs: Pairs, normalise: Normalise, temperature: float) -> Tensor:
     """Log-probability of each pair's child given its state, at `temperature`: over the state's pairs, or over the whole vocabulary."""
+    if normalise == "vocabulary" and outputs.had is not None:
+        raise GenerationError("generate.normalise=vocabulary does not know what was had already: it needs model.repeats=false")
     if normalise == "vocabulary" and not outputs.by_code:
         raise GenerationError("generate.normalise=vocabulary needs model.head=codes: the tied head scores children only")
     row_P = tree.code_of(level, pairs.child_P) if outputs.by_code else pairs.child_P
-    hidden_MD = hidden_MD if temperature == 1 else hidden_MD / temperature
     if normalise == "vocabulary":
-        logit_P, total_M = _dense(hidden_MD, outputs.vector_nD, pairs, row_P, True)
+        logit_P, total_M = _dense(hidden_MD / temperature, outputs.vector_nD, pairs, row_P, True)
         return logit_P - total_M[pairs.state_P]
     if len(row_P) * _PAIR_COST > len(hidden_MD) * len(outputs.vector_nD):
-        return pairs.normalised(_dense(hidden_MD, outputs.vector_nD, pairs, row_P, False)[0])
-    return pairs.normalised(_sampled(hidden_MD, outputs.vector_nD, pairs, row_P))
+        logit_P, _ = _dense(hidden_MD, outputs.vector_nD, pairs, row_P, False)
+    else:
+        logit_P = _sampled(hidden_MD, outputs.vector_nD, pairs, row_P)
+    if outputs.had is not None:
+        request_P = pairs.state_P // (pairs.states // len(outputs.had.scenario_Q))
+        logit_P = outputs.had.add(level, request_P, pairs.child_P, logit_P)
+    return pairs.normalised(logit_P if temperature == 1 else logit_P / temperature)
 
 
 def _sampled(hidden_MD: Tensor, vector_VD: Tensor, pairs: Pairs, row_P: Tensor) -> Tensor:

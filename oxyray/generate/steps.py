@@ -16,15 +16,17 @@ from oxyray.data.batch import Batch
 from oxyray.model.head import Tree
 from oxyray.model.layers import Tensor
 from oxyray.model.policy import Policy, Rows
+from oxyray.model.repeats import Had
 
 
 @dataclass(frozen=True)
 class Outputs:
     """Output vectors of a level: of its codes, (V, D), or of its nodes, (n_l, D). Only the first give probabilities over the whole
-    vocabulary."""
+    vocabulary. `had` changes the logits of what each request's user has had already."""
 
     vector_nD: Tensor
     by_code: bool
+    had: Had | None = None
 
 
 class Steps(Protocol):
@@ -55,7 +57,7 @@ class PolicySteps:
         return self._decoding.hidden_BKD
 
     def outputs(self, level: int) -> Outputs:
-        return Outputs(self._decoding.vectors[level], by_code=not self.policy.head.tied)
+        return Outputs(self._decoding.vectors[level], by_code=not self.policy.head.tied, had=self._decoding.had)
 
     def advance(self, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
         self.policy.advance(self._decoding, level, node_BK, origin_BK)

@@ -98,6 +98,26 @@ class Tree(nn.Module):
 
         return self._kept("leaf_of_item_I", make)
 
+    def place_of_item(self) -> Tensor:
+        """Where every item stands in the order of the leaves, int32; -1 for an item index that has no leaf: (I,)."""
+
+        def make() -> Tensor:
+            item_I = self.get_buffer("compact_items").long()
+            place_I = torch.full((int(item_I.max()) + 1,), -1, dtype=torch.int32, device=item_I.device)
+            place_I[item_I] = torch.arange(len(item_I), dtype=torch.int32, device=item_I.device)
+            return place_I
+
+        return self._kept("place_of_item_I", make)
+
+    def item_at(self, place_M: Tensor) -> Tensor:
+        """The items at these places: (M,)."""
+        return self.get_buffer("compact_items")[place_M].long()
+
+    def items_in(self, level: int, node_M: Tensor) -> Tensor:
+        """How many items there are below each node: (M,)."""
+        first = self._first_item(level)
+        return first[node_M + 1] - first[node_M]
+
     @property
     def path_IL(self) -> Tensor:
         """The nodes above every item, level by level; zeros for an item index that has none: (I, L)."""

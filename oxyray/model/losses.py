@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from oxyray.model.head import ragged_logsumexp, spread
 from oxyray.model.layers import Tensor
+from oxyray.model.repeats import Had
 
 
 @dataclass
@@ -24,12 +25,14 @@ class LossOut:
 
 
 class Children:
-    """The children of each query's prefix, `first_Q : first_Q + count_Q` of the next level's nodes, with their log-probabilities."""
+    """The children of each query's prefix, `first_Q : first_Q + count_Q` of the nodes of `level`, with their log-probabilities."""
 
-    def __init__(self, hidden_QD: Tensor, vector_nD: Tensor, first_Q: Tensor, count_Q: Tensor) -> None:
+    def __init__(self, level: int, hidden_QD: Tensor, vector_nD: Tensor, first_Q: Tensor, count_Q: Tensor, had: Had | None = None) -> None:
         self.state_P, child_P = spread(first_Q, count_Q)
         self.offset_Q, self.first_Q = torch.cumsum(count_Q, 0) - count_Q, first_Q
         logit_P = (hidden_QD[self.state_P] * vector_nD[child_P]).sum(-1)
+        if had is not None:
+            logit_P = had.add(level, self.state_P, child_P, logit_P)
         self.logprob_P = logit_P - ragged_logsumexp(logit_P, self.state_P, len(hidden_QD))[self.state_P]
 
     def nll(self, target_Q: Tensor) -> Tensor:
@@ -46,18 +49,15 @@ class Children:
         return cross_P.new_zeros(len(self.offset_Q)).index_add(0, self.state_P, cross_P)
 
 
-def distilled_roots(hidden_QD: Tensor, vector_nD: Tensor, item_prob_QU: Tensor, root_U: Tensor) -> Tensor:
+def distilled_roots(logit_Qn: Tensor, item_prob_QU: Tensor, root_U: Tensor) -> Tensor:
     """Cross-entropy of the first level to what the item softmax says of it: (Q,)."""
-    share_Qn = item_prob_QU.new_zeros(len(hidden_QD), len(vector_nD)).index_add(1, root_U, item_prob_QU)
-    return F.cross_entropy(hidden_QD @ vector_nD.T, share_Qn, reduction="none")
+    share_Qn = torch.zeros_like(logit_Qn).index_add(1, root_U, item_prob_QU)
+    return F.cross_entropy(logit_Qn, share_Qn, reduction="none")
 
 
-def vocabulary_nll(hidden_QD: Tensor, vector_VD: Tensor, target_Q: Tensor) -> Tensor:
-    """Negative log-probability of `target_Q` over a level's whole vocabulary (or all roots): (Q,)."""
-    return F.cross_entropy(hidden_QD @ vector_VD.T, target_Q, reduction="none")
-
-
-def item_nll(query_QD: Tensor, item_UD: Tensor, target_Q: Tensor, negative_N: Tensor | None, items: int) -> tuple[Tensor, Tensor | None]:
+def item_nll(
+    query_QD: Tensor, item_UD: Tensor, target_Q: Tensor, negative_N: Tensor | None, items: int, had: Had | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Item-level softmax: over all U items where `negative_N` is None, or over the target and those drawn uniformly from the catalogue of
     `items`, with the log of the sampling rate corrected. Gives the loss (Q,) and, from the full softmax, the probabilities (Q, U) without
     gradient.
@@ -65,9 +65,14 @@ def item_nll(query_QD: Tensor, item_UD: Tensor, target_Q: Tensor, negative_N: Te
     An accidental draw of the target itself is masked out.
     """
     if negative_N is None:
-        logprob_QU = torch.log_softmax(query_QD @ item_UD.T, dim=-1)
+        logit_QU = query_QD @ item_UD.T
+        logprob_QU = torch.log_softmax(logit_QU if had is None else had.add_all(-1, logit_QU), dim=-1)
         return -logprob_QU.gather(1, target_Q[:, None])[:, 0], logprob_QU.detach().exp()
     logit_QN = query_QD @ item_UD[negative_N].T + math.log((items - 1) / len(negative_N))
+    if had is not None:
+        logit_QN = had.add_drawn(negative_N, logit_QN)
     logit_QN = logit_QN.masked_fill(negative_N[None] == target_Q[:, None], -torch.inf)
     positive_Q = (query_QD * item_UD[target_Q]).sum(-1)
+    if had is not None:
+        positive_Q = had.add(-1, torch.arange(len(target_Q), device=target_Q.device), target_Q, positive_Q)
     return torch.logsumexp(torch.cat([positive_Q[:, None], logit_QN], dim=1), dim=1) - positive_Q, None

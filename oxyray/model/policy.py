@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from oxyray.config import ModelConfig
 from oxyray.data.batch import Batch, pad_index
@@ -25,7 +26,8 @@ from oxyray.model.head import Head, Tree, ragged_logsumexp, spread
 from oxyray.model.instruction import Instruction, Told, segments_of
 from oxyray.model.items import Clock, ItemEncoder, Vocab
 from oxyray.model.layers import Dropout, RMSNorm, Tensor
-from oxyray.model.losses import Children, LossOut, distilled_roots, item_nll, vocabulary_nll
+from oxyray.model.losses import Children, LossOut, distilled_roots, item_nll
+from oxyray.model.repeats import Had, Repeats
 from oxyray.model.retrieval import Adapter, most_like, q2i
 from oxyray.sid.prefix import PrefixIndex
 
@@ -43,6 +45,7 @@ class Decoding:
     hidden_BKD: Tensor
     item_query_BD: Tensor
     item_UD: Tensor
+    had: Had | None
 
 
 class Legality(Protocol):
@@ -81,6 +84,7 @@ class Policy(nn.Module):
         self.level = nn.Parameter(torch.randn(vocab.levels, D) * 0.02)
         self.head = Head(D, vocab.levels, vocab.width, config.head == "tied")
         self.item_query = nn.Linear(D, D, bias=False)
+        self.repeats = Repeats(vocab.scenarios, vocab.levels) if config.repeats else None
         for table in (self.action, self.event_scenario, *self.profile, *([self.event_gap] if self.event_gap else [])):
             nn.init.normal_(table.weight, std=0.02)
         nn.init.eye_(self.state.weight)
@@ -92,7 +96,8 @@ class Policy(nn.Module):
         told = self._told(batch, item_UD)
         memory = self._memory(batch, rows, item_UD, told)
         vectors = self.head.vectors(self.tree, item_UD)
-        codes_QL = batch.items.codes_UL[batch.target_Q]
+        had = None if self.repeats is None else self.repeats(self.tree, batch)
+        codes_QL, item_Q = batch.items.codes_UL[batch.target_Q], batch.items.ids_U[batch.target_Q]
         prompt_QTD = self.instruction.prompt(told)
         tokens = [self._token(level, codes_QL[:, level])[:, None] for level in range(self.vocab.levels - 1)]
         x_QTD = self.dropout(torch.cat([prompt_QTD, *tokens], dim=1)) + self._start(batch, memory, told)[:, None]
@@ -101,31 +106,47 @@ class Policy(nn.Module):
         parts: dict[str, Tensor] = {}
         if self.config.item_loss:
             query_QD = self.item_query(hidden_QTD[:, 0])
-            parts["item"], prob_QU = item_nll(query_QD, item_UD, batch.target_Q, batch.negative_N, self.vocab.items)
+            parts["item"], prob_QU = item_nll(query_QD, item_UD, batch.target_Q, batch.negative_N, self.vocab.items, had)
         if self.head.tied:
-            parts |= self._tied_losses(hidden_QTD, vectors, batch.items.ids_U[batch.target_Q], prob_QU if self.config.distill else None)
+            parts |= self._tied_losses(
+                hidden_QTD, vectors, batch.items.ids_U[batch.target_Q], prob_QU if self.config.distill else None, had
+            )
         else:
-            nll = [vocabulary_nll(hidden_QTD[:, level], self.head.own[level], codes_QL[:, level]) for level in range(self.vocab.levels)]
-            parts["ntp"] = torch.stack(nll).sum(0)
+            parts["ntp"] = self._code_loss(hidden_QTD, codes_QL, batch.items.ids_U[batch.target_Q], had)
         if self.adapter is not None:
-            taken_QD, id_Q = self.adapter(item_UD[batch.target_Q]), batch.items.ids_U[batch.target_Q]
-            parts["q2i"] = q2i(self._asked(told), taken_QD, id_Q, batch.weight_Q > 0, self.config.retrieval, self.training and together)
+            taken_QD = self.adapter(item_UD[batch.target_Q])
+            parts["q2i"] = q2i(self._asked(told), taken_QD, item_Q, batch.weight_Q > 0, self.config.retrieval, self.training and together)
         scale = {"ntp": 1.0, "item": self.config.item_loss, "distill": self.config.distill, "q2i": self.config.retrieval.q2i}
         total_Q = torch.stack([scale[name] * part_Q for name, part_Q in parts.items()]).sum(0)
         return LossOut((total_Q * batch.weight_Q).sum(), {name: (part_Q * batch.weight_Q).sum().detach() for name, part_Q in parts.items()})
 
     forward = loss
 
-    def _tied_losses(self, hidden_QTD: Tensor, vectors: list[Tensor], item_Q: Tensor, prob_QU: Tensor | None) -> dict[str, Tensor]:
+    def _code_loss(self, hidden_QTD: Tensor, codes_QL: Tensor, item_Q: Tensor, had: Had | None) -> Tensor:
+        """Next-token loss over each level's whole vocabulary: (Q,)."""
+        nll_Q = hidden_QTD.new_zeros(len(hidden_QTD))
+        for level, vector_VD in enumerate(self.head.own):
+            logit_QV = hidden_QTD[:, level] @ vector_VD.T
+            if had is not None:
+                logit_QV = had.add_codes(level, self.tree, self.tree.path_IL[item_Q, max(level - 1, 0)], logit_QV)
+            nll_Q = nll_Q + F.cross_entropy(logit_QV, codes_QL[:, level], reduction="none")
+        return nll_Q
+
+    def _tied_losses(
+        self, hidden_QTD: Tensor, vectors: list[Tensor], item_Q: Tensor, prob_QU: Tensor | None, had: Had | None
+    ) -> dict[str, Tensor]:
         """Next-token loss over each prefix's children and, given the item softmax's probabilities, the cross-entropy of those children to
         it."""
         path_QL = self.tree.path_IL[item_Q]
-        nll_Q = vocabulary_nll(hidden_QTD[:, 0], vectors[0], path_QL[:, 0])
+        logit_Qn = hidden_QTD[:, 0] @ vectors[0].T
+        if had is not None:
+            logit_Qn = had.add_all(0, logit_Qn)
+        nll_Q = F.cross_entropy(logit_Qn, path_QL[:, 0], reduction="none")
         if prob_QU is not None:
-            distilled_Q = distilled_roots(hidden_QTD[:, 0], vectors[0], prob_QU, self.tree.path_IL[:, 0])
+            distilled_Q = distilled_roots(logit_Qn, prob_QU, self.tree.path_IL[:, 0])
         for level in range(1, self.vocab.levels):
             parent_Q = path_QL[:, level - 1]
-            children = Children(hidden_QTD[:, level], vectors[level], *self.tree.children_of(level - 1, parent_Q))
+            children = Children(level, hidden_QTD[:, level], vectors[level], *self.tree.children_of(level - 1, parent_Q), had)
             nll_Q = nll_Q + children.nll(path_QL[:, level])
             if prob_QU is not None:
                 state_T, item_T = self.tree.items_below(level - 1, parent_Q)
@@ -147,8 +168,8 @@ class Policy(nn.Module):
         request_M, real_M = torch.arange(requests, device=path_BGL.device).repeat_interleave(group), real_BG.flatten()
         for level in range(1, levels):
             self._advance(decoding, level - 1, node_BGL[..., level - 1], None)
-            hidden_MD, path_ML = decoding.hidden_BKD.flatten(0, 1) / temperature, node_BGL.flatten(0, 1)
-            token_M = self._token_logprob(level, hidden_MD, decoding.vectors[level], path_ML, request_M, real_M, legal)
+            hidden_MD, path_ML = decoding.hidden_BKD.flatten(0, 1), node_BGL.flatten(0, 1)
+            token_M = self._token_logprob(level, hidden_MD, decoding, path_ML, request_M, real_M, legal, temperature)
             found.append(token_M.view(requests, group))
         return torch.stack(found, dim=-1)
 
@@ -156,7 +177,10 @@ class Policy(nn.Module):
         """Of the first codes: (B, G). All requests score the same nodes."""
         requests, nodes = len(node_BG), self.tree.nodes(0)
         child_N = torch.arange(nodes, device=node_BG.device)
-        logit_BN = decoding.hidden_BKD[:, 0] @ decoding.vectors[0][self.head.rows(self.tree, 0, child_N)].T / temperature
+        logit_BN = decoding.hidden_BKD[:, 0] @ decoding.vectors[0][self.head.rows(self.tree, 0, child_N)].T
+        if decoding.had is not None:
+            logit_BN = decoding.had.add_all(0, logit_BN)
+        logit_BN = logit_BN / temperature
         if legal is not None:
             request_P = torch.arange(requests, device=node_BG.device).repeat_interleave(nodes)
             keep_P = legal.keep(0, request_P, child_N.repeat(requests))
@@ -168,7 +192,15 @@ class Policy(nn.Module):
         return torch.where(real_BG, token_BG, 0)
 
     def _token_logprob(
-        self, level: int, hidden_MD: Tensor, vector_nD: Tensor, path_ML: Tensor, request_M: Tensor, real_M: Tensor, legal: Legality | None
+        self,
+        level: int,
+        hidden_MD: Tensor,
+        decoding: Decoding,
+        path_ML: Tensor,
+        request_M: Tensor,
+        real_M: Tensor,
+        legal: Legality | None,
+        temperature: float,
     ) -> Tensor:
         """Of the tokens of a later level: (M,)."""
         first_M, count_M = self.tree.children_of(level - 1, path_ML[:, level - 1])
@@ -177,7 +209,10 @@ class Policy(nn.Module):
         if keep_P is not None:
             state_P, child_P = state_P[keep_P], child_P[keep_P]
         row_P = self.head.rows(self.tree, level, child_P)
-        logit_P = (hidden_MD[state_P] * vector_nD[row_P]).sum(-1)
+        logit_P = (hidden_MD[state_P] * decoding.vectors[level][row_P]).sum(-1)
+        if decoding.had is not None:
+            logit_P = decoding.had.add(level, request_M[state_P], child_P, logit_P)
+        logit_P = logit_P / temperature
         mine_P = child_P == path_ML[state_P, level]
         if int(mine_P.sum()) != int(real_M.sum()):
             found_M = torch.zeros_like(real_M).index_put((state_P[mine_P],), real_M.new_ones(1))
@@ -203,7 +238,8 @@ class Policy(nn.Module):
         state_BD, prompt_BTD = self._start(batch, memory, told), self.instruction.prompt(told)
         hidden_BD, states = self.decoder.start(prompt_BTD + state_BD[:, None], memory)
         vectors = self.head.vectors(self.tree, item_UD)
-        return Decoding(memory, state_BD, states, vectors, hidden_BD[:, None], self.item_query(hidden_BD), item_UD)
+        had = None if self.repeats is None else self.repeats(self.tree, batch)
+        return Decoding(memory, state_BD, states, vectors, hidden_BD[:, None], self.item_query(hidden_BD), item_UD, had)
 
     def _advance(self, decoding: Decoding, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
         x_BKD = self._token(level, self.tree.code(level)[node_BK]) + decoding.state_BD[:, None]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from oxyray.data.batch import Batch
 from oxyray.data.requests import training_segments
 from oxyray.errors import CatalogueError, GenerationError
 from oxyray.model.head import ragged_logsumexp, spread
@@ -19,6 +20,21 @@ def node_vectors(toy: Toy, decoding: Decoding, level: int) -> torch.Tensor:
     return vectors if toy.policy.head.tied else vectors[toy.index.code[level].astype(int)]
 
 
+def changes(toy: Toy, batch: Batch, level: int) -> torch.Tensor:
+    """What the only request's history changes in the logits of all nodes of a level, written out."""
+    if toy.policy.repeats is None:
+        return torch.zeros(len(toy.index.code[level]), dtype=torch.double)
+    had = set(batch.items.ids_U[batch.item_N[: int(batch.visible_Q[0])]].tolist())
+    path_I = toy.policy.tree.path_IL[:, level]
+    factor = torch.exp(10 * toy.policy.repeats.weight[level][batch.scenario_Q[0]].detach())
+    found = []
+    for node in range(len(toy.index.code[level])):
+        below = (path_I == node).nonzero()[:, 0].tolist()
+        share = sum(item in had for item in below) / len(below)
+        found.append(torch.log(1 - share + share * factor))
+    return torch.stack(found)
+
+
 def sid_logprob(toy: Toy, batch, node_path: np.ndarray) -> float:
     """Log-probability of one SID of the only request of `batch`, each level by a dense softmax over all legal children."""
     decoding = toy.policy.start(batch, toy.lookup(batch.lookups()))
@@ -26,14 +42,15 @@ def sid_logprob(toy: Toy, batch, node_path: np.ndarray) -> float:
     for level, node in enumerate(node_path):
         parent = toy.index.parent[level] if level else np.zeros(len(toy.index.code[0]), int)
         siblings = np.flatnonzero(parent == (node_path[level - 1] if level else 0))
-        logits = node_vectors(toy, decoding, level) @ decoding.hidden_BKD[0, 0]
+        logits = node_vectors(toy, decoding, level) @ decoding.hidden_BKD[0, 0] + changes(toy, batch, level)
         total += float(logits[node] - torch.logsumexp(logits[siblings], 0))
         toy.policy.advance(decoding, level, torch.tensor([[node]]), torch.zeros(1, 1, dtype=torch.long) if level else None)
     return total
 
 
-def test_one_pass_over_all_positions_equals_one_request_at_a_time():
-    toy = Toy(item_loss=0.0)
+@pytest.mark.parametrize("repeats", [False, True])
+def test_one_pass_over_all_positions_equals_one_request_at_a_time(repeats: bool):
+    toy = Toy(item_loss=0.0, repeats=repeats)
     segments = training_segments(toy.timeline, toy.config.history)
     batch = toy.collate(toy.timeline, segments)
     rows = toy.lookup(batch.lookups())
@@ -202,10 +219,12 @@ class Allowed:
         return torch.tensor([n in self.nodes[r][level] for r, n in zip(request_P.tolist(), node_P.tolist(), strict=True)], dtype=torch.bool)
 
 
+@pytest.mark.parametrize("repeats", [False, True])
 @pytest.mark.parametrize("head", ["tied", "codes"])
-def test_logprob_of_given_sids_equals_the_decoders_own_token_by_token(head: str) -> None:
-    toy = Toy(head=head)
+def test_logprob_of_given_sids_equals_the_decoders_own_token_by_token(head: str, repeats: bool) -> None:
+    toy = Toy(head=head, repeats=repeats)
     batch = toy.request_batch(np.array([5, 20, 40]))
+    alone = [toy.request_batch(np.array([event])) for event in (5, 20, 40)]
     rows = toy.lookup(batch.lookups())
     random = np.random.default_rng(0)
     allowed = [random.choice(40, 15, replace=False) for _ in range(3)]
@@ -223,15 +242,16 @@ def test_logprob_of_given_sids_equals_the_decoders_own_token_by_token(head: str)
                 parent = toy.index.parent[level] if level else np.zeros(len(toy.index.code[0]), int)
                 above = path_BGL[b, g, level - 1].item() if level else 0
                 children = [n for n in np.flatnonzero(parent == above).tolist() if n in nodes[b][level]]
-                logits = (node_vectors(toy, decoding, level) @ decoding.hidden_BKD[b, 0])[children] / 0.7
+                logits = (node_vectors(toy, decoding, level) @ decoding.hidden_BKD[b, 0] + changes(toy, alone[b], level))[children] / 0.7
                 expected = float(torch.log_softmax(logits, 0)[children.index(node)])
                 assert found[b, g, level].item() == pytest.approx(expected, abs=1e-9)
                 origin = torch.zeros(3, 1).long() if level else None
                 toy.policy.advance(decoding, level, path_BGL[:, g, level][:, None].clamp(min=0), origin)
 
 
-def test_logprob_of_the_targets_is_the_training_loss() -> None:
-    toy = Toy(item_loss=0.0)
+@pytest.mark.parametrize("repeats", [False, True])
+def test_logprob_of_the_targets_is_the_training_loss(repeats: bool) -> None:
+    toy = Toy(item_loss=0.0, repeats=repeats)
     batch = toy.request_batch(np.arange(3, 30, 4))
     batch.weight_Q = torch.ones_like(batch.weight_Q)
     rows = {name: row.requires_grad_() for name, row in toy.lookup(batch.lookups()).items()}
