@@ -21,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 os.environ["RAY_DEDUP_LOGS"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so; else its workers are nice by 15 and starve beside other work
+os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112
 os.environ.pop("RAY_ADDRESS", None)
 
 

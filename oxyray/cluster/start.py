@@ -49,6 +49,8 @@ def start(config: ClusterConfig, local_cpus: int | None = None, quiet: bool = Fa
             cpus = max(config.cpus or os.cpu_count() or 1, local_cpus or 0)
             # Ray's workers would otherwise yield to whatever else runs here (niceness 15); they are what this machine is to do.
             os.environ.setdefault("RAY_worker_niceness", "0")
+            # Nor are idle ones of use beforehand: all that is started here has variables of its own, and so processes of its own.
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             ray.init(
                 address="local",
                 num_cpus=cpus,
