@@ -47,9 +47,19 @@ class Had:
     def add(self, level: int, query_P: Tensor, node_P: Tensor, logit_P: Tensor) -> Tensor:
         """The logits of (query, node) pairs with the factors in; at place L those of items."""
         key_H, key_P = self.key_H[level], query_P * self.nodes[level] + node_P
-        place_P = torch.searchsorted(key_H, key_P).clamp(max=max(len(key_H) - 1, 0))
-        hit = (key_H[place_P] == key_P).nonzero()[:, 0] if len(key_H) else key_P.new_zeros(0)
-        return logit_P.index_add(0, hit, self.change(level)[place_P[hit]].to(logit_P.dtype))
+        hit = self._hits(key_H, key_P, len(self.scenario_Q) * self.nodes[level])
+        return logit_P.index_add(0, hit, self.change(level)[torch.searchsorted(key_H, key_P[hit])].to(logit_P.dtype))
+
+    @staticmethod
+    def _hits(key_H: Tensor, key_P: Tensor, keys: int) -> Tensor:
+        """Places of those among `key_P` that `key_H` has. Most have not: a table of all keys tells fastest, where it is no waste."""
+        if keys <= 32 * len(key_P):
+            mark = torch.zeros(keys, dtype=torch.bool, device=key_P.device)
+            mark[key_H] = True
+            return mark[key_P].nonzero()[:, 0]
+        if not len(key_H):
+            return key_P.new_zeros(0)
+        return (key_H[torch.searchsorted(key_H, key_P).clamp(max=len(key_H) - 1)] == key_P).nonzero()[:, 0]
 
     def add_all(self, level: int, logit_Qn: Tensor) -> Tensor:
         """The same where every node of the level (at place L: every item) has its logit. In place."""

@@ -44,8 +44,10 @@ def test_every_form_adds_what_the_plain_one_does(level: int) -> None:
     assert (expected_Qn != 0).any()
     torch.testing.assert_close(had.add_all(level, torch.zeros_like(expected_Qn)), expected_Qn)
     random = torch.Generator().manual_seed(3)
-    query_P, node_P = (torch.randint(0, size, (500,), generator=random) for size in expected_Qn.shape)
-    torch.testing.assert_close(had.add(level, query_P, node_P, torch.zeros(500, dtype=torch.double)), expected_Qn[query_P, node_P])
+    for pairs in (500, 20):  # many, and few: found in two ways
+        query_P, node_P = (torch.randint(0, size, (pairs,), generator=random) for size in expected_Qn.shape)
+        found_P = had.add(level, query_P, node_P, torch.zeros(pairs, dtype=torch.double))
+        torch.testing.assert_close(found_P, expected_Qn[query_P, node_P])
     if level == 3:
         drawn_N = torch.tensor([4, 9, 4, 31, 0])
         nothing = torch.zeros(batch.queries, 5, dtype=torch.double)
