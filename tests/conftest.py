@@ -43,6 +43,23 @@ def public_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def shared_ray() -> None:
+    """A Ray of this process with room for six, started once for all tests that work on any: starting one takes eight seconds of a core.
+    Whoever needs a Ray of his own asks for `no_ray`."""
+    from oxyray.cluster.start import start
+    from oxyray.config import ClusterConfig
+
+    start(ClusterConfig(object_store_gb=0.2, start_timeout_s=300), local_cpus=6, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def no_ray() -> None:
+    """This process has no Ray when the tests begin."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
 @pytest.fixture
 def running_cluster() -> Iterator[tuple[str, Path]]:
     """A Ray cluster of its own, started as a person would, ended by its own process: its address, and the folder of its logs."""

@@ -32,7 +32,7 @@ def test_a_wrong_pair_names_the_right_one() -> None:
 
 
 @pytest.mark.ray
-def test_this_machine_is_examined_for_real(capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_machine_is_examined_for_real(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     """The machine that runs the tests has the pinned set, so nothing may be bad."""
     code = main(["doctor", "cluster.cpus=1"])
     out = capsys.readouterr().out

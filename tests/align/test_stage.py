@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 
 from oxyray.align.loop import Course
 from oxyray.align.stage import align
-from oxyray.cluster.start import ray_for
 from oxyray.config import Config, ObjectiveConfig, RewardConfig
 from oxyray.errors import ClusterError, RewardError, Stopped, TrainingError
 from oxyray.files import read_json
@@ -41,10 +39,8 @@ class Broken:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
-    made = ready_run(tmp_path_factory.mktemp("shop"), steps=STEPS, eval_every_steps=6, save_every_steps=3)
-    with ray_for(made.cluster, 6):
-        yield made
+def config(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return ready_run(tmp_path_factory.mktemp("shop"), steps=STEPS, eval_every_steps=6, save_every_steps=3)
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ class Witness:
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
+def place(no_ray: None) -> Iterator[Place]:
     with cluster_of_one(HEAD_CPUS) as made:
         yield made
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ import pytest
 from oxyray.cluster.fleet import Fleet, Member
 from oxyray.cluster.group import Group, Rank
 from oxyray.cluster.placement import colocated, split
-from oxyray.cluster.start import ray_for
 from oxyray.cluster.wait import GroupLost
-from oxyray.config import ClusterConfig
 from oxyray.errors import ClusterError, RewardError
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("shared_ray")]
 
 
 class Worker(Member):
@@ -68,12 +65,6 @@ class Step(Rank):
         if self.die:
             os._exit(1)
         raise RuntimeError("connection closed by peer")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def running() -> Iterator[None]:
-    with ray_for(ClusterConfig(object_store_gb=0.1, start_timeout_s=200), 4):
-        yield
 
 
 def fleet(tmp_path: Path, members: int, **limits: Any) -> Fleet:

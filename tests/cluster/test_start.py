@@ -17,6 +17,8 @@ from oxyray.data import mall
 from oxyray.errors import ClusterError
 from oxyray.sid.encoder import encode
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 # Two blocks of users, so that there is work for more than one worker.
 SHOP = {"size": "tiny", "seed": 3, "workers": 2}
 

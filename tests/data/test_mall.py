@@ -58,7 +58,7 @@ def test_same_seed_same_bytes_and_another_seed_another_shop(shop, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_workers_on_ray_write_the_same_bytes(shop, tmp_path):
+def test_workers_on_ray_write_the_same_bytes(shared_ray, shop, tmp_path):
     assert World.make(TINY).size.users > World.make(TINY).size.block, "needs several blocks"
     mall.write(MallConfig(size="tiny", seed=3, workers=2), tmp_path / "shop")
     assert fingerprints(tmp_path / "shop") == fingerprints(shop)

@@ -189,7 +189,7 @@ def test_prices_are_saved_with_the_codebook(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("balance", [None, 1.2])
-def test_any_number_of_workers_gives_the_same_codes(monkeypatch: pytest.MonkeyPatch, balance: float | None) -> None:
+def test_any_number_of_workers_gives_the_same_codes(shared_ray: None, monkeypatch: pytest.MonkeyPatch, balance: float | None) -> None:
     from oxyray.sid import lloyd
 
     monkeypatch.setattr(lloyd, "BLOCK", 100)

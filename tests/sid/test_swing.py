@@ -67,7 +67,7 @@ def test_no_event_is_no_pair() -> None:
 
 
 @pytest.mark.slow
-def test_ray_workers_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_workers_find_the_same(shared_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(5)
     taken = [set(random.choice(60, 8, replace=False).tolist()) for _ in range(200)]
     taken_UI = taken_by(parts_of(taken), 60)

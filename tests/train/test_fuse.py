@@ -88,7 +88,7 @@ def test_two_processes_compare_with_the_pairs_of_both() -> None:
 
 
 @pytest.mark.slow
-def test_the_stage_learns_from_all_sources(tmp_path: Path) -> None:
+def test_the_stage_learns_from_all_sources(shared_ray: None, tmp_path: Path) -> None:
     words = ["data=mall", "data.mall.size=tiny", "sid=fused", "sid.width=32", "sid.iterations=5", "sid.collisions=extra_level",
              "fuse=sources", "fuse.pictures=small", "fuse.epochs=1", "fuse.pairs_per_step=64",
              "fuse.threads_per_worker=1", "fuse.model.width=32", "fuse.model.out=32",
@@ -97,7 +97,7 @@ def test_the_stage_learns_from_all_sources(tmp_path: Path) -> None:
     config = compose_config(check(words))
     run_all(config, [stage for stage in STAGES if stage.name == "prepare"])
     ids = Prepared.load(tmp_path / "run" / "data").item_columns("item_id")["item_id"].to_pylist()
-    own_IW = np.random.default_rng(4).normal(size=(len(ids), 5)).astype(np.float32)
+    own_IW = (0.05 * np.random.default_rng(4).normal(size=(len(ids), 5))).astype(np.float32)
     pq.write_table(pa.table({"item_id": [*ids, "n1", "n2", "n3"], "vector": [*own_IW, *own_IW[:3]]}), tmp_path / "own.parquet")
     run_all(config, [stage for stage in STAGES if stage.name in ("fuse", "sid")])
     run = Run(config.run_dir)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oxyray.cluster.start import one_ray
 from oxyray.config import ClusterConfig, Config, OptimConfig, TrainConfig, to_dict
 from oxyray.errors import RunError, Stopped, TrainingError
 from oxyray.files import read_json, write_json
@@ -32,14 +30,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
+def config(shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     made, _ = prepared_run(tmp_path_factory.mktemp("shop"))
     train = TrainConfig(
         epochs=6, targets_per_step=40, workers=2, eval_requests=20, eval_every_epochs=3, save_every_minutes=0.005, max_restarts=2,
         optim=OptimConfig(zero_stage=2),
     )  # fmt: skip
-    with one_ray(train.workers):
-        yield dataclasses.replace(made, train=train, cluster=ClusterConfig(object_store_gb=0.1, start_timeout_s=300))
+    return dataclasses.replace(made, train=train, cluster=ClusterConfig(object_store_gb=0.1, start_timeout_s=300))
 
 
 def copy(config: Config, folder: Path) -> Config:
