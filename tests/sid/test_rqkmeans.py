@@ -188,15 +188,16 @@ def test_prices_are_saved_with_the_codebook(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", [None, 1.2])
-def test_any_number_of_workers_gives_the_same_codes(shared_ray: None, monkeypatch: pytest.MonkeyPatch, balance: float | None) -> None:
+@pytest.mark.parametrize(("workers", "balance"), [(2, None), (3, 1.2)])
+def test_any_number_of_workers_gives_the_same_codes(
+    shared_ray: None, monkeypatch: pytest.MonkeyPatch, workers: int, balance: float | None
+) -> None:
     from oxyray.sid import lloyd
 
     monkeypatch.setattr(lloyd, "BLOCK", 100)
     vectors = np.random.default_rng(8).normal(size=(950, 6)).astype(np.float32)
     vectors[500:540] = vectors[500]
-    one, two, three = (fit(vectors, levels=3, width=16, iterations=5, balance=balance, workers=workers) for workers in (1, 2, 3))
-    for other in (two, three):
-        assert (other.codes_NL == one.codes_NL).all()
-        assert (other.codebook.centroids_LVF == one.codebook.centroids_LVF).all()
-        assert other.left_L == one.left_L
+    one, several = (fit(vectors, levels=3, width=16, iterations=5, balance=balance, workers=count) for count in (1, workers))
+    assert (several.codes_NL == one.codes_NL).all()
+    assert (several.codebook.centroids_LVF == one.codebook.centroids_LVF).all()
+    assert several.left_L == one.left_L
