@@ -8,14 +8,12 @@ turns; told are medians. Runs with torch alone, on whatever device there is.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import Cell, Report, arguments
+from benchmarks.harness import Cell, Report, arguments, medians
 from oxyray.model.attention import Documents, attend
 
 SEED = 7
@@ -54,7 +52,7 @@ def one_mask(report: Report, mask: str, documents: Documents, given: list[Tensor
     with torch.no_grad():
         for name, way in forward.items():
             torch.testing.assert_close(way(), forward["ours"](), atol=2e-4, rtol=2e-3, msg=name)
-        times = in_turns(forward, rounds)
+        times = medians(forward, rounds, warm=1)
     learned = [x.clone().requires_grad_() for x in given]
 
     def both(way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Way:
@@ -69,7 +67,7 @@ def one_mask(report: Report, mask: str, documents: Documents, given: list[Tensor
         "ours": both(lambda q, k, v: attend(q, k, v, documents)),
         "SDPA, dense mask": both(lambda q, k, v: dense(q, k, v, dense_QK)),
     }
-    trained = in_turns(pair, rounds)
+    trained = medians(pair, rounds, warm=1)
     rows: list[list[Cell]] = [
         [name, 1e3 * seconds, seconds / times["ours"], 1e3 * trained[name] if name in trained else None,
          trained[name] / trained["ours"] if name in trained else None] for name, seconds in times.items()
@@ -108,20 +106,6 @@ def flex_of(documents: Documents) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     block = create_block_mask(sees, None, None, count, count, device=str(begin_Q.device))
     compiled = torch.compile(flex_attention)
     return lambda q, k, v: compiled(q, k, v, block_mask=block)
-
-
-def in_turns(ways: dict[str, Way], rounds: int) -> dict[str, float]:
-    """Median seconds of each; a first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            way()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ are in use. Every peer's SIDs are compared with ours before anything is timed.
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS, Cell, Report, arguments
+from benchmarks.harness import RESULTS, Cell, Report, arguments, medians
 from benchmarks.peers_generate import CsrMask, Static, T5Steps, hugging_face, t5
 from oxyray.generate.beam import beam_search
 from oxyray.generate.pools import Legal
@@ -83,7 +82,7 @@ def peers(report: Report, bench: Bench, requests: int, beams: int, rounds: int) 
     ways = bench.ways(requests, beams)
     want = {normalise: sids(bench, ways[f"ours, {normalise}"]()) for normalise in ("vocabulary", "children")}
     shared = {name: overlap(sids(bench, way()), want[name.split(", ")[1]]) for name, way in ways.items() if name.split(", ")[1] in want}
-    times = interleaved(ways, rounds)
+    times = medians(ways, rounds, warm=1)
     ours = times["ours, vocabulary"]
     title = f"{requests} × {beams}: milliseconds a batch (medians of {rounds} rounds in turns)"
     report.table(
@@ -108,7 +107,7 @@ def parts(report: Report, bench: Bench, shapes: list[tuple[int, int]], rounds: i
     for requests, beams in shapes:
         ways = bench.ways(requests, beams)
         x_BSD = torch.randn(requests, bench.slots, bench.model.config.d_model)
-        encoder = interleaved({"encoder": partial(bench.model.encoder, inputs_embeds=x_BSD)}, rounds)["encoder"]
+        encoder = medians({"encoder": partial(bench.model.encoder, inputs_embeds=x_BSD)}, rounds, warm=1)["encoder"]
         for normalise in ("vocabulary", "children"):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 for _ in range(rounds):
@@ -122,11 +121,9 @@ def parts(report: Report, bench: Bench, shapes: list[tuple[int, int]], rounds: i
 
 def growth(report: Report, bench: Bench, batches: tuple[int, ...], widths: tuple[int, ...], rounds: int, quick: bool) -> None:
     """Milliseconds a request, over the children."""
-    found = {
-        (requests, beams): 1e3 * interleaved({"way": bench.ways(requests, beams)["ours, children"]}, max(2, rounds // 3))["way"] / requests
-        for beams in widths
-        for requests in batches
-    }
+    ways = {(requests, beams): bench.ways(requests, beams)["ours, children"] for beams in widths for requests in batches}
+    turns = max(2, rounds // 3)
+    found = {size: 1e3 * medians({"ours": way}, turns, warm=1)["ours"] / size[0] for size, way in ways.items()}
     rows: list[list[Cell]] = [[f"K = {beams}", *(found[requests, beams] for requests in batches)] for beams in widths]
     report.table("Milliseconds a request, as beams and requests grow (over the children)", ["beams", *(f"B = {b}" for b in batches)], rows)
     if not quick:
@@ -157,12 +154,13 @@ def indexes(report: Report, bench: Bench, items: int, codes: int, shape: tuple[i
     legal = Legal(tree, [None] * requests)
     memory_BSD = torch.randn(requests, bench.slots, bench.model.config.d_model, generator=torch.Generator().manual_seed(SEED))
     visible_BS = torch.ones(requests, bench.slots, dtype=torch.bool)
-    times = interleaved(
+    times = medians(
         {
             "small": bench.ways(requests, beams)["ours, children"],
             "large": lambda: beam_search(T5Steps(bench.model, memory_BSD, visible_BS, tree), legal, beams),
         },
         rounds,
+        warm=1,
     )
     static = Static(index)
     ours, tail = without_items(index), sum(t.nbytes for t in (*static.row, *static.edge))
@@ -211,18 +209,6 @@ def sids(bench: Bench, found: object) -> list[set[int]]:
 
 def overlap(one: list[set[int]], two: list[set[int]]) -> float:
     return sum(len(a & b) for a, b in zip(one, two, strict=True)) / sum(map(len, two))
-
-
-def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each way; all take turns, and one turn warms up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            way()
-            if turn:
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import argparse
 import datetime
 import os
 import platform
+import statistics
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +66,28 @@ class Report:
         }
         write_json(path, facts | {"config": portable(self.config), "seeds": list(self.seeds), "claims": self.claims, "tables": self.tables})
         print(f"\nwritten to {path}", flush=True)
+
+
+def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, warm: int = 0) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of every round of each way, and what it gave last. The ways take turns, so that all meet the same machine; `warm` rounds
+    before are not counted. A GPU's work is waited for."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    given: dict[str, Any] = {}
+    for turn in range(-warm, rounds):
+        for name, way in ways.items():
+            begin = time.perf_counter()
+            given[name] = way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds, given
+
+
+def medians(ways: dict[str, Callable[[], Any]], rounds: int, warm: int = 0) -> dict[str, float]:
+    return {name: statistics.median(found) for name, found in in_turns(ways, rounds, warm)[0].items()}
 
 
 def arguments(about: str) -> argparse.ArgumentParser:

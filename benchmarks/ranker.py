@@ -11,14 +11,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import Report, arguments
+from benchmarks.harness import Report, arguments, in_turns
 from oxyray.config import RankerConfig
 from oxyray.data.stream import ItemFeatures
 from oxyray.model.items import Vocab
@@ -92,13 +91,7 @@ class Bench:
         }
         answers = [path() for path in paths.values()]
         self.difference = max([self.difference, *(float((answer - answers[0]).abs().max()) for answer in answers)])
-        seconds: dict[str, list[float]] = {name: [] for name in paths}
-        for _ in range(rounds):
-            for name, path in paths.items():
-                started = time.perf_counter()
-                path()
-                seconds[name].append(time.perf_counter() - started)
-        return seconds
+        return in_turns(paths, rounds)[0]
 
     def batch(self, user_B: np.ndarray, item_BJ: np.ndarray) -> RankBatch:
         zero_B = np.zeros(len(user_B), np.int64)

@@ -14,7 +14,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from benchmarks.harness import Cell, Report, arguments
+from benchmarks.harness import Cell, Report, arguments, in_turns
 from oxyray.sid import rqkmeans
 
 SEED, LEVELS, ITERATIONS, BALANCE = 7, 3, 25, 1.2
@@ -55,7 +55,8 @@ def quantisers(report: Report, vectors_NF: Array, width: int, rounds: int) -> No
         made = rqkmeans.fit(vectors_NF, levels=LEVELS, width=width, iterations=ITERATIONS, seed=SEED)
         return error(vectors_NF, made.codebook.reconstruct(made.codes_NL))
 
-    times, told = in_turns({"ours": ours, "faiss ResidualQuantizer": theirs}, rounds)
+    seconds, told = in_turns({"ours": ours, "faiss ResidualQuantizer": theirs}, rounds)
+    times = {name: statistics.median(found) for name, found in seconds.items()}
     rows: list[list[Cell]] = [[name, seconds, seconds / times["ours"], 100 * told[name]] for name, seconds in times.items()]
     report.table(
         f"{len(vectors_NF):,} vectors, {LEVELS} levels of {width} codes: training and coding all",
@@ -83,7 +84,8 @@ def one_level(report: Report, vectors_NF: Array, width: int, rounds: int) -> Non
         "faiss Kmeans": theirs,
         f"ours, at most {BALANCE} × the mean": lambda: ours(BALANCE),
     }
-    times, told = in_turns(ways, rounds)
+    seconds, told = in_turns(ways, rounds)
+    times = {name: statistics.median(found) for name, found in seconds.items()}
     rows: list[list[Cell]] = [
         [name, seconds, seconds / times["ours"], 100 * told[name][0], told[name][1]] for name, seconds in times.items()
     ]
@@ -116,18 +118,6 @@ def error(vectors_NF: Array, coded_NF: Array) -> float:
 
 def load(code_N: Array, width: int) -> float:
     return float(np.percentile(np.bincount(code_N, minlength=width), 90) / (len(code_N) / width))
-
-
-def in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds of each way, and what it told last."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    told: dict[str, Any] = {}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            told[name] = way()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(found) for name, found in times.items()}, told
 
 
 if __name__ == "__main__":

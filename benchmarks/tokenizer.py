@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Cell, Report, arguments
+from benchmarks.harness import Cell, Report, arguments, medians
 from oxyray.cli.compose import check, compose_config
 from oxyray.cluster.start import one_ray
 from oxyray.config import Config, FusionConfig, SidConfig
 from oxyray.data.prepared import Prepared
-from oxyray.pipeline import STAGES, run_all
+from oxyray.pipeline import STAGES, borrow, run_all
 from oxyray.run import Run
 from oxyray.sid.encoder import TEXT_COLUMNS, TextEncoder, encode, encoder_folder, item_texts
 from oxyray.sid.fusion import Fusion, ItemTokens
@@ -33,18 +32,12 @@ SEED = 7
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    items, rounds = (150, 1) if options.quick else (3000, 3)
+    quick = options.quick
+    size, steps, rounds = ("tiny", 8, 1) if quick else ("small", 60, 3)
     with tempfile.TemporaryDirectory(prefix="oxyray-bench-") as folder, one_ray(2):
-        words = [
-            "data=mall",
-            f"data.mall.items={items}",
-            "sid=fused",
-            "fuse=sources",
-            "fuse.pictures=small",
-            f"sid.cache_dir={folder}/cache",
-        ]
-        words += [f"fuse.max_steps={6 if options.quick else 60}", "fuse.eval_requests=0"]
-        config = compose_config(check([*words, *(["data.mall.size=tiny"] if options.quick else []), f"run_dir={folder}/1"]))
+        words = ["data=mall", f"data.mall.size={size}", "sid=fused", f"sid.cache_dir={folder}/cache"]
+        words += ["fuse=sources", "fuse.pictures=small", f"fuse.max_steps={steps}", "fuse.eval_requests=0"]
+        config = compose_config(check([*words, f"run_dir={folder}/1"]))
         stages("prepare", config)
         table = Prepared.load(Run(config.run_dir).path("data")).item_columns("item_id", *TEXT_COLUMNS, "image")
         texts = item_texts(table)
@@ -53,7 +46,7 @@ def main() -> None:
         show_texts(report, texts, Path(folder), rounds)
         show_items(report, table["image"].to_pylist(), rounds)
         show_training(report, config, words, Path(folder))
-    report.finish(options.quick)
+    report.finish(quick)
 
 
 def stages(last: str, config: Config) -> None:
@@ -102,26 +95,13 @@ def show_training(report: Report, config: Config, words: list[str], folder: Path
     for workers in (1, 2):
         made = compose_config(check([*words, f"fuse.workers={workers}", "fuse.threads_per_worker=1", f"run_dir={folder}/{workers}"]))
         if workers > 1:
-            for part in ("data", "source", "stages"):
-                Path(made.run_dir).mkdir(exist_ok=True)
-                Path(made.run_dir, part).symlink_to(Path(config.run_dir, part))
+            borrow(Run(config.run_dir), Run(made.run_dir), made, "prepare")
         stages("fuse", made)
         steps = [line for line in Run(made.run_dir).metrics("fuse") if "loss" in line][5:]
         speed[workers] = statistics.median(line["pairs_per_second"] for line in steps)
         rows.append([str(workers), speed[workers]])
     report.table("Training of the item encoder, one thread a worker", ["workers", "pairs/s"], rows)
     report.claim("item encoder's training, 2 workers against 1: pairs per second", speed[2] / speed[1], 1.5, "×")
-
-
-def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each way, in turns."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 if __name__ == "__main__":

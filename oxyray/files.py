@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,11 @@ def files_under(path: str | Path) -> list[Path]:
     """The file itself, or all files in the folder and its folders but hidden ones, in order."""
     place = Path(path).expanduser()
     return [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def marks(paths: Sequence[Path]) -> list[list[str | int]]:
+    """Name, size and time of each file: they change when a file does."""
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from oxyray.cluster.start import one_ray
 from oxyray.config import Config, to_dict
 from oxyray.errors import ConfigError, RunError
-from oxyray.files import clear_leftovers, files_under, read_json, write_json
+from oxyray.files import clear_leftovers, files_under, marks, read_json, write_json
 from oxyray.run import Run
 from oxyray.tracking import tracked
 
@@ -361,8 +361,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _files(stage: Stage, config: Config) -> str:
     """A hash over name, size and time of the files that the stage reads."""
-    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in stage.files(config)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(marks(stage.files(config))).encode()).hexdigest()[:16]
 
 
 def _span(seconds: float) -> str:

@@ -56,7 +56,8 @@ def logprobs(hidden_MD: Tensor, outputs: Outputs, tree: Tree, level: int, pairs:
         raise GenerationError("generate.normalise=vocabulary needs model.head=codes: the tied head scores children only")
     row_P = tree.code_of(level, pairs.child_P) if outputs.by_code else pairs.child_P
     if normalise == "vocabulary":
-        logit_P, total_M = _dense(hidden_MD / temperature, outputs.vector_nD, pairs, row_P, True)
+        hidden_MD = hidden_MD if temperature == 1 else hidden_MD / temperature
+        logit_P, total_M = _dense(hidden_MD, outputs.vector_nD, pairs, row_P, True)
         return logit_P - total_M[pairs.state_P]
     if len(row_P) * _PAIR_COST > len(hidden_MD) * len(outputs.vector_nD):
         logit_P, _ = _dense(hidden_MD, outputs.vector_nD, pairs, row_P, False)

@@ -95,8 +95,7 @@ class Policy(nn.Module):
         item_UD = self.items(batch.items, rows["item"])
         told = self._told(batch, item_UD)
         memory = self._memory(batch, rows, item_UD, told)
-        vectors = self.head.vectors(self.tree, item_UD)
-        had = None if self.repeats is None else self.repeats(self.tree, batch)
+        vectors, had = self.head.vectors(self.tree, item_UD), self._had(batch)
         codes_QL, item_Q = batch.items.codes_UL[batch.target_Q], batch.items.ids_U[batch.target_Q]
         prompt_QTD = self.instruction.prompt(told)
         tokens = [self._token(level, codes_QL[:, level])[:, None] for level in range(self.vocab.levels - 1)]
@@ -108,11 +107,9 @@ class Policy(nn.Module):
             query_QD = self.item_query(hidden_QTD[:, 0])
             parts["item"], prob_QU = item_nll(query_QD, item_UD, batch.target_Q, batch.negative_N, self.vocab.items, had)
         if self.head.tied:
-            parts |= self._tied_losses(
-                hidden_QTD, vectors, batch.items.ids_U[batch.target_Q], prob_QU if self.config.distill else None, had
-            )
+            parts |= self._tied_losses(hidden_QTD, vectors, item_Q, prob_QU if self.config.distill else None, had)
         else:
-            parts["ntp"] = self._code_loss(hidden_QTD, codes_QL, batch.items.ids_U[batch.target_Q], had)
+            parts["ntp"] = self._code_loss(hidden_QTD, codes_QL, item_Q, had)
         if self.adapter is not None:
             taken_QD = self.adapter(item_UD[batch.target_Q])
             parts["q2i"] = q2i(self._asked(told), taken_QD, item_Q, batch.weight_Q > 0, self.config.retrieval, self.training and together)
@@ -237,13 +234,15 @@ class Policy(nn.Module):
         memory = self._memory(batch, rows, item_UD, told)
         state_BD, prompt_BTD = self._start(batch, memory, told), self.instruction.prompt(told)
         hidden_BD, states = self.decoder.start(prompt_BTD + state_BD[:, None], memory)
-        vectors = self.head.vectors(self.tree, item_UD)
-        had = None if self.repeats is None else self.repeats(self.tree, batch)
+        vectors, had = self.head.vectors(self.tree, item_UD), self._had(batch)
         return Decoding(memory, state_BD, states, vectors, hidden_BD[:, None], self.item_query(hidden_BD), item_UD, had)
 
     def _advance(self, decoding: Decoding, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
         x_BKD = self._token(level, self.tree.code(level)[node_BK]) + decoding.state_BD[:, None]
         decoding.hidden_BKD = self.decoder.advance(x_BKD, decoding.states, decoding.memory, origin_BK)
+
+    def _had(self, batch: Batch) -> Had | None:
+        return None if self.repeats is None else self.repeats(self.tree, batch)
 
     def _told(self, batch: Batch, item_UD: Tensor) -> Told:
         """Queries go through the same map as item texts, where there is one: the two start out in one space."""

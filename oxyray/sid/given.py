@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from oxyray.errors import DataError
-from oxyray.files import files_under
 
 Array = np.ndarray
 
@@ -56,11 +55,6 @@ def given_vectors(path: str, item_ids: Sequence[str]) -> Array:
                 f"sid.given={path}: {int(bad_N.sum()):,} items {what}, the first is {wanted[int(bad_N.argmax())]}: mend the file"
             )
     return found_NW
-
-
-def given_mark(path: str) -> list[list[str | int]]:
-    """Changes when a file does: its path, size and time."""
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files_under(path)]
 
 
 def _rectangle(vectors: pa.Array, path: str, wanted: pa.Array, rows_K: Array) -> Array:

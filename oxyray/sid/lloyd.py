@@ -49,7 +49,7 @@ class Shard:
         self._summed: dict[int, Array] = {}  # by block: the codes that its vectors are counted under
 
     def train_on(self, rows: Array | None) -> None:
-        """Only these (global row numbers, sorted) take part in `sums`; None: all."""
+        """Only these (global row numbers, sorted) take part in `sums` until what is left changes; None: all."""
         self.trained = list(self.left)
         if rows is not None:
             for place, (first, left_NF) in enumerate(zip(self.firsts, self.left, strict=True)):
@@ -129,7 +129,6 @@ class Shard:
         """Go on to the next level with what the codes leave; the codes of this one, by first row."""
         for left_NF, code_N in zip(self.left, self.codes, strict=True):
             left_NF -= centroids_VF[code_N]
-        self._begin_sums()
         return list(zip(self.firsts, self.codes, strict=True))
 
 

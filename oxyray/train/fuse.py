@@ -20,14 +20,13 @@ from torch.nn import functional as F
 
 from oxyray.config import Config
 from oxyray.data.prepared import Prepared
-from oxyray.files import read_json, whole, write_json
+from oxyray.files import files_under, marks, read_json, whole, write_json
 from oxyray.model.losses import LossOut
 from oxyray.model.retrieval import gathered, precise
 from oxyray.model.tables import TableSpec
 from oxyray.run import Run
 from oxyray.sid.encoder import TEXT_COLUMNS, encode
 from oxyray.sid.fusion import Fusion, ItemTokens, Tokens
-from oxyray.sid.given import given_mark
 from oxyray.sid.pairs import Mixture, sources
 from oxyray.sid.pictures import item_tokens
 from oxyray.sid.queries import distinct_queries
@@ -57,7 +56,7 @@ def gather_inputs(config: Config, run: Run, prepared: Prepared) -> None:
     """`RUN/fuse/inputs`: what all workers read, made once."""
     settings, columns = config.fuse, prepared.item_columns("item_id", *TEXT_COLUMNS, "image")
     wanted = {"data": prepared.meta.fingerprint, "encoder": config.sid.encoder, "text": settings.text, "pictures": settings.pictures,
-              "size": settings.picture_size, "given": given_mark(config.sid.given) if settings.given and config.sid.given else None,
+              "size": settings.picture_size, "given": marks(files_under(config.sid.given)) if settings.given and config.sid.given else None,
               "rates": settings.rates, "neighbours": settings.neighbours}  # fmt: skip
     folder = run.path("fuse", "inputs")
     if (folder / "about.json").exists() and read_json(folder / "about.json") == wanted:
