@@ -14,6 +14,8 @@ from oxyray.reward.packing import Packer, RankBatch
 from oxyray.reward.pages import Pages
 from oxyray.reward.ranker import Ranker
 
+ROUNDING = 1e-12  # of a chance in float64: on some processors the order of a product's sums changes with what else is in the batch
+
 
 def random_pages(seed: int = 0, users: int = 4, pages: int = 22, most: int = 4) -> Pages:
     random = np.random.default_rng(seed)
