@@ -25,6 +25,7 @@ from oxyray.cluster.fleet import Fleet
 from oxyray.cluster.group import Group
 from oxyray.cluster.placement import Plan, options
 from oxyray.cluster.rows import RowsLost, Servers, dismiss, serve, several_nodes
+from oxyray.cluster.wait import ProcessLost
 from oxyray.config import Config, to_dict
 
 
@@ -68,9 +69,20 @@ class Crew:
         self.learners = self._learners()
         self.judges.enrol("begin")
 
-    def start_learners_anew(self) -> int:
-        """End what is left of the learners and begin again from the last whole checkpoint; gives its step. Candidates on the way are
-        dropped: they will be generated again, for the weights that there are then."""
+    def form(self) -> None:
+        """Let the learners join; they begin from the last whole checkpoint. Raises GroupLost when one dies meanwhile."""
+        self.learners.form()
+        self._spread = self._spread or several_nodes()  # stays so: a node that was lost may be replaced
+        if self._spread:
+            try:
+                self._servers = serve(self.learners.nodes, self.environment, self.config.align.timeout_s)
+            except ProcessLost:
+                self.learners.call("pid")
+                raise
+
+    def replace_learners(self) -> None:
+        """End what is left of the learners; others come, yet to be formed. Candidates on the way are dropped: they will be generated again,
+        for the weights that there are then."""
         self.learners.stop()
         for fleet in (self.rollouts, self.judges):
             fleet.forget()
@@ -78,7 +90,6 @@ class Crew:
         self._clear(self._tables())
         self.restarts += 1
         self.learners = self._learners()
-        return int(self.learners.call("step")[0])
 
     def prepare(self, step: int) -> None:
         """Have the step's candidates generated and judged, by the published version; nothing where that is done. Raises GroupLost when rows
@@ -161,10 +172,7 @@ class Crew:
         def make(rank: int) -> Any:
             return self._actor(LearnerProcess, "learner", rank, told, *where)
 
-        group = Group(make, settings.learners, settings.timeout_s, "learner")
-        self._spread = self._spread or several_nodes()  # stays so: a node that was lost may be replaced
-        self._servers = serve(group.nodes, self.environment, settings.timeout_s) if self._spread else []
-        return group
+        return Group(make, settings.learners, settings.timeout_s, "learner")
 
     def _clear(self, folder: Path) -> None:
         """Take published tables away, here and on the learners' nodes, whose servers are ended."""

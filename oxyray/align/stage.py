@@ -76,6 +76,7 @@ def _go(crew: Crew, config: Config, run: Run, course: Course) -> None:
 
         while True:
             try:
+                crew.form()
                 return loop.run(crew, settings, course, log, stop.exists)
             except GroupLost as error:
                 if crew.restarts >= settings.max_restarts:
@@ -84,8 +85,8 @@ def _go(crew: Crew, config: Config, run: Run, course: Course) -> None:
                         f"logs are in {run.path('logs', 'latest')}, and the same command goes on from the last checkpoint"
                     ) from error
                 vars(course).update(vars(_saved(run) or Course()))
-                step = crew.start_learners_anew()
-                print(f"align: {error}: the learners were started anew and go on from step {step}", flush=True)
+                crew.replace_learners()
+                print(f"align: {error}: the learners start anew and go on from step {course.step}", flush=True)
 
 
 def _begin(config: Config, run: Run, identity: dict[str, Any]) -> Course:

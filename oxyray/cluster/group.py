@@ -40,21 +40,21 @@ class Rank:
 
 
 class Group:
-    """`make(rank)` gives the actor of a rank. Every call is made on all ranks, and the first failure is raised: a lost rank as GroupLost,
-    after which the group is of no use."""
+    """`make(rank)` gives the actor of a rank; they are of use once the group is formed. Every call is made on all ranks, and the first
+    failure is raised: a lost rank as GroupLost, after which the group is of no use."""
 
     def __init__(self, make: Callable[[int], Any], world: int, seconds: float, name: str) -> None:
         self.name, self.seconds = name, seconds
         self.actors = [make(rank) for rank in range(world)]
-        met = answers([actor.meet.remote() for actor in self.actors], seconds, f"{name}s start")
+        self.nodes: list[str] = []
+
+    def form(self) -> None:
+        """Let the ranks meet and join."""
+        met = self.call("meet")
         self.nodes = [node for node, _, _ in met]
         places = [(self.nodes[:rank].count(node), self.nodes.count(node)) for rank, node in enumerate(self.nodes)]
         _, address, port = met[0]
-        refs = [
-            actor.join.remote(rank, world, local, of, address, port, seconds)
-            for rank, (actor, (local, of)) in enumerate(zip(self.actors, places, strict=True))
-        ]
-        answers(refs, seconds, f"{name}s join")
+        self.call("join", [(rank, len(met), *place, address, port, self.seconds) for rank, place in enumerate(places)])
 
     def begin(self, method: str, each: Sequence[tuple[Any, ...]] | None = None, **arguments: Any) -> Callable[[], list[Any]]:
         """Call `method` on every rank, with arguments of its own from `each`; gives what waits for the answers."""

@@ -184,7 +184,12 @@ def serve(nodes: Iterable[str], environment: dict[str, str], seconds: float) -> 
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )  # fmt: skip
         servers.append((node, made.remote(node)))
-    answers([server.ping.remote() for _, server in servers], seconds, "row servers start")
+    try:
+        answers([server.ping.remote() for _, server in servers], seconds, "row servers start")
+    except ProcessLost:
+        for _, server in servers:
+            ray.kill(server)
+        raise
     return servers
 
 

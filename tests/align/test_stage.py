@@ -22,7 +22,7 @@ from oxyray.reward.components import Candidates, Shop
 from oxyray.run import Run
 from oxyray.train import checkpoint
 from tests.align.shop import copied, losses, ready_run
-from tests.chaos.victims import ROLES, gone, kill, when_at
+from tests.chaos.victims import ROLES, gone, kill, when_at, when_seen
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 12
@@ -90,16 +90,19 @@ def restarts(run: Run) -> dict[str, int]:
 def test_whoever_is_killed_the_run_learns_what_an_undisturbed_one_of_fewer_processes_learns(
     config: Config, synchronous: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two commands on one run: a death of every role and a stop on request, then the rest."""
-    made, run = copied(config, tmp_path / "run", learners=2, rollouts=2, judges=2, max_restarts=1)
-    events = [when_at(run, step, lambda role=role: kill(role)) for step, role in ((2, "rollout"), (3, "judge"), (5, "learner"))]
+    """Two commands on one run: a learner that dies before it has joined, a death of every role, a stop on request; then the rest."""
+    made, run = copied(config, tmp_path / "run", learners=2, rollouts=2, judges=2, max_restarts=2)
+    events = [when_seen("learner", lambda: kill("learner"))]
+    events += [when_at(run, step, lambda role=role: kill(role)) for step, role in ((2, "rollout"), (3, "judge"), (5, "learner"))]
     events.append(when_at(run, 9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     with pytest.raises(Stopped, match="align: stopped on request after step"):
         align(made, run)
     for event in events:
         event.join(timeout=10)
-    assert "the learners were started anew and go on from step 3" in capsys.readouterr().out
-    assert restarts(run) == {"rollout": 1, "judge": 1, "learners": 1}
+    told = capsys.readouterr().out
+    assert "the learners start anew and go on from step 0" in told
+    assert "the learners start anew and go on from step 3" in told
+    assert restarts(run) == {"rollout": 1, "judge": 1, "learners": 2}
     assert all(gone(role) for role in ROLES), "nobody is left behind"
     found = checkpoint.latest(run.path("align", "checkpoints"))
     assert found is not None

@@ -42,17 +42,28 @@ def gone(role: str, limit_s: float = 60) -> bool:
     return not processes(role)
 
 
-def when_at(run: Run, step: int, act: Callable[[], None], limit_s: float = 240) -> threading.Thread:
+def when_at(run: Run, step: int, act: Callable[[], None]) -> threading.Thread:
     """Call `act` once the alignment has passed `step`."""
 
+    def passed() -> bool:
+        try:
+            return bool(read_json(run.path("align", "progress.json"))["step"] >= step)
+        except RunError:
+            return False
+
+    return _when(passed, act)
+
+
+def when_seen(role: str, act: Callable[[], None]) -> threading.Thread:
+    """Call `act` once the role has a process."""
+    return _when(lambda: bool(processes(role)), act)
+
+
+def _when(come: Callable[[], bool], act: Callable[[], None], limit_s: float = 240) -> threading.Thread:
     def wait() -> None:
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
-            try:
-                now = read_json(run.path("align", "progress.json"))["step"]
-            except RunError:
-                now = -1
-            if now >= step:
+            if come():
                 return act()
             time.sleep(0.01)
         return None

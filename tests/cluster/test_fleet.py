@@ -47,8 +47,13 @@ class Worker(Member):
 
 
 class Step(Rank):
-    def __init__(self, die: bool = False) -> None:
-        self.die = die
+    def __init__(self, die: bool = False, absent: bool = False) -> None:
+        self.die, self.absent = die, absent
+
+    def join(self, *places: Any) -> None:
+        if self.absent:
+            os._exit(1)
+        super().join(*places)
 
     def total(self, value: float) -> float:
         import torch
@@ -129,13 +134,19 @@ def test_a_group_works_in_step_and_is_lost_together() -> None:
 
     made: Any = ray.remote(Step).options(num_cpus=0)
     group = Group(lambda rank: made.remote(), 2, 60.0, "learner")
+    group.form()
     assert group.call("total", [(1.0,), (2.5,)]) == [3.5, 3.5]
     group.stop()
     group = Group(lambda rank: made.remote(rank == 1), 2, 60.0, "learner")
+    group.form()
     began = time.monotonic()
     with pytest.raises(GroupLost, match="learners: total: a process was lost"):
         group.call("total", [(1.0,), (2.0,)])
     assert time.monotonic() - began < 30, "nobody waits for the lost one"
+    group.stop()
+    group = Group(lambda rank: made.remote(absent=rank == 1), 2, 60.0, "learner")
+    with pytest.raises(GroupLost, match="learners: join: a process was lost"):
+        group.form()
     group.stop()
 
 
@@ -144,10 +155,12 @@ def test_a_group_is_lost_also_where_another_rank_speaks_before_the_death_is_know
 
     made: Any = ray.remote(Step).options(num_cpus=0)
     group = Group(lambda rank: made.remote(rank == 1), 2, 60.0, "learner")
+    group.form()
     with pytest.raises(GroupLost, match="learners: fail: a process was lost"):
         group.call("fail", [(0.0,), (2.0,)])
     group.stop()
     group = Group(lambda rank: made.remote(), 2, 60.0, "learner")
+    group.form()
     with pytest.raises(RuntimeError, match="connection closed by peer"):  # nobody died: an error of its own
         group.call("fail", [(0.0,), (1.0,)])
     group.stop()
