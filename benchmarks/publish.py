@@ -78,17 +78,17 @@ def hand_over(ray: Any, folder: Path, size: float, repeats: int) -> tuple[dict[s
     count = int(size * 2**30 / 4 / WIDTH)
     table_RD = random.random((count, WIDTH), dtype=np.float32)
     shard = PublishedShard(folder, "item", 0, 0, count, WIDTH)
-    shard.publish(0, np.arange(count), table_RD)
+    shard.publish_from(0, np.arange(count), table_RD)
     rollout: Any = ray.remote(Rollout).remote(folder)
     attach = statistics.median(ray.get([rollout.attach.remote() for _ in range(repeats + 2)]))
     ids_N = random.integers(0, count, ASKED)
     times: dict[str, list[float]] = {"published": [], "numpy": [], "torch": []}
     for turn in range(repeats + 1):
-        touched_T = random.choice(count, int(TOUCHED * count), replace=False)
+        touched_T = np.sort(random.choice(count, int(TOUCHED * count), replace=False))
         table_RD[touched_T] += 1
 
         def published(version: int = turn + 1, touched_T: np.ndarray = touched_T) -> Any:
-            shard.publish(version, touched_T, table_RD[touched_T])
+            shard.publish_from(version, touched_T, table_RD)
             return rollout.rows.remote(ids_N)
 
         forms: dict[str, Callable[[], Any]] = {
@@ -97,6 +97,7 @@ def hand_over(ray: Any, folder: Path, size: float, repeats: int) -> tuple[dict[s
             "torch": lambda: rollout.taken.remote(ray.put(torch.from_numpy(table_RD)), torch.from_numpy(ids_N)),
         }
         for form, handed in forms.items():
+            time.sleep(1.0)  # what the form before left to be freed is freed
             begin = time.perf_counter()
             value = ray.get(handed())
             if turn:  # the first turn warms up

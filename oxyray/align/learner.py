@@ -108,7 +108,10 @@ class Learner:
             if touched is not None:
                 rows = touched.get(shard.table, rows[:0]) - shard.first
                 rows = rows[(rows >= 0) & (rows < len(shard.weight))]
-            self._published[shard.table].publish(version, rows, shard.weight[torch.from_numpy(rows)].cpu().numpy())
+            if shard.weight.is_cpu:
+                self._published[shard.table].publish_from(version, rows, shard.weight.numpy())
+            else:
+                self._published[shard.table].publish(version, rows, shard.weight[torch.from_numpy(rows)].cpu().numpy())
         self._touched = {}
         weights = self.engine.gather_dense()
         return {name.removeprefix("policy."): value.numpy() for name, value in weights.items()}

@@ -9,6 +9,7 @@ error, is not used: an error of a job is raised here, with its own type.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -72,6 +73,7 @@ class Fleet:
     def __post_init__(self) -> None:
         from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
+        logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)  # whole tracebacks; we say it in one line
         self._manager: Any = FaultTolerantActorManager(self.actors, max_remote_requests_in_flight_per_actor=1)
         self._lost: set[int] = set()
         self._since = dict[int, float]()
@@ -185,6 +187,7 @@ class Fleet:
                 f"{self.name} {member} was lost ({first_line(error)}), and {self.max_restarts} restarts (align.max_restarts) are used up: "
                 "see its log, free memory, or allow more"
             )
+        print(f"{self.name} {member} was lost ({first_line(error)}): another takes its place", flush=True)
 
     def _recover(self) -> None:
         """Dead members that live again are enrolled, then serve."""

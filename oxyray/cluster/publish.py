@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,8 @@ Array = np.ndarray
 
 _SEQUENCE, _VERSION, _FIRST, _ROWS, _WIDTH, _PID, _FIELDS = 0, 1, 2, 3, 4, 5, 8
 _PAUSE = 2e-4
+_AT_ONCE = 1024  # rows
+_THREADS = min(4, len(os.sched_getaffinity(0)))
 
 
 class Unsettled(ClusterError):
@@ -63,10 +66,35 @@ class PublishedShard:
     def publish(self, version: int, touched_T: Array, row_TD: Array) -> None:
         """Make `row_TD` the rows `touched_T` (numbers within the shard) of `version`, which must rise. Readers wait for the length of the
         copy; should the copy fail, the shard stays closed, since it would be torn."""
+        self._begin(version)
+        self._row_RD[touched_T] = row_TD
+        self._end(version)
+
+    def publish_from(self, version: int, touched_T: Array, table_RD: Array) -> None:
+        """As `publish`, with rows straight from a table of the shard's shape: by so few at a time that they pass through the processor's
+        cache, and by several threads, since nobody else works while a version is published. Quickest where `touched_T` rises."""
+        shape = self._row_RD.shape
+        if table_RD.shape != shape or table_RD.dtype != np.float32 or not table_RD.flags.c_contiguous:
+            raise ClusterError(f"{self._files[0].name}: rows come from a float32 table {shape} in one piece, not {table_RD.shape}")
+        from_R, to_R = _rows(table_RD), _rows(self._row_RD)
+
+        def copy(rows: Array) -> None:
+            for first in range(0, len(rows), _AT_ONCE):
+                some = rows[first : first + _AT_ONCE]
+                to_R[some] = from_R[some]
+
+        self._begin(version)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for _ in threads.map(copy, np.array_split(touched_T, min(_THREADS, len(touched_T) // _AT_ONCE + 1))):
+                pass
+        self._end(version)
+
+    def _begin(self, version: int) -> None:
         if version <= self.version:
             raise ClusterError(f"{self._files[0].name}: version {version} cannot follow version {self.version}: versions only rise")
         self._head[_SEQUENCE] += 1
-        self._row_RD[touched_T] = row_TD
+
+    def _end(self, version: int) -> None:
         self._head[_VERSION] = version
         self._head[_SEQUENCE] += 1
 
@@ -189,6 +217,11 @@ def sweep(tables: Path) -> None:
             clear_dead(folder)
             with suppress(OSError):  # not empty: a writer lives
                 folder.rmdir()
+
+
+def _rows(table_RD: Array) -> Array:
+    """Each row as one opaque value, which is copied whole."""
+    return np.asarray(table_RD).view(np.dtype((np.void, table_RD.shape[1] * 4)))[:, 0]
 
 
 def _mapped(file: Path, rows: int, width: int) -> Array:

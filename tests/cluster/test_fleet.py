@@ -81,7 +81,7 @@ def fleet(tmp_path: Path, members: int, **limits: Any) -> Fleet:
     )
 
 
-def test_every_job_is_answered_once_and_a_newcomer_is_enrolled_first(tmp_path: Path) -> None:
+def test_every_job_is_answered_once_and_a_newcomer_is_enrolled_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workers = fleet(tmp_path, 2)
     workers.enrol("load", version=7)
     for number in range(6):
@@ -89,6 +89,7 @@ def test_every_job_is_answered_once_and_a_newcomer_is_enrolled_first(tmp_path: P
     answers = workers.collect(range(6), "six jobs")
     assert answers == [(number, 7) for number in range(6)], "the restarted worker had the version before it served"
     assert workers.restarts == 1
+    assert capsys.readouterr().out.count("was lost") == 1, "told in one line"
     done = sorted(map(int, (tmp_path / "notes").read_text().split()))
     assert done == [0, 1, 2, 2, 3, 4, 5], "only the job of the dead worker was done again"
     assert workers.idle()

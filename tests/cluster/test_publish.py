@@ -34,7 +34,8 @@ def swept(folder: Path):
         folder.rmdir()
 
 
-def test_a_reader_sees_what_was_published_and_nothing_else(folder: Path) -> None:
+def test_a_reader_sees_what_was_published_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oxyray.cluster.publish._AT_ONCE", 16)
     random = np.random.default_rng(0)
     shards = [
         PublishedShard(folder, "item", rank, first, rows, WIDTH) for rank, (first, rows) in enumerate(zip((0, 300), ROWS, strict=True))
@@ -47,7 +48,12 @@ def test_a_reader_sees_what_was_published_and_nothing_else(folder: Path) -> None
             touched = random.choice(rows, 40, replace=False)
             new = random.normal(size=(40, WIDTH)).astype(np.float32)
             truth[shard.first + touched] = new
-            shard.publish(version, touched, new)
+            if version % 2:
+                shard.publish(version, touched, new)
+            else:
+                table = random.normal(size=(rows, WIDTH)).astype(np.float32)
+                table[touched] = new
+                shard.publish_from(version, touched, table)
         ids = random.integers(0, sum(ROWS), 200)
         rows_read, said = reader.read(ids)
         assert said == version
@@ -122,7 +128,10 @@ def test_shards_apart_in_version_are_not_mixed(folder: Path) -> None:
 def test_what_is_wrong_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError, match="no shard of table item"):
         TableReader(folder, "item")
-    PublishedShard(folder, "item", 1, 4, 4, WIDTH)
+    shard = PublishedShard(folder, "item", 1, 4, 4, WIDTH)
+    for table_RD in (np.zeros((5, WIDTH), np.float32), np.zeros((4, WIDTH)), np.zeros((WIDTH, 4), np.float32).T):
+        with pytest.raises(ClusterError, match=r"rows come from a float32 table \(4, \d+\) in one piece"):
+            shard.publish_from(0, np.arange(4), table_RD)
     with pytest.raises(ClusterError, match="one is missing"):
         TableReader(folder, "item")
     PublishedShard(folder, "item", 0, 0, 4, WIDTH)
