@@ -8,7 +8,8 @@ run, which warm up, and its last, which has nothing to generate ahead, are left 
 The last is one process with one thread. In every turn a step is done for real: publish, generate, judge, learn. Beside it the same number
 of candidates, for as many requests with pasts as long, is generated from a T5 of the policy's width, layers and catalogue: by our search
 and by Hugging Face's `generate`. A step by one of these ways is the real step's publication, judging and learning with that way's
-generation; the encoder, and the candidates' log-probabilities for the learner, are left out of all of them alike.
+generation; the encoder, and the candidates' log-probabilities for the learner, are left out of all of them alike. It is done for the size
+of the runs above, and for large beams.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks.pretrain import run as spawned
 from oxyray.align.stage import align
 from oxyray.cli.compose import check, compose_config
 from oxyray.cluster.start import ray_for
-from oxyray.config import Config, from_dict, to_dict
+from oxyray.config import AlignConfig, Config, from_dict, to_dict
 from oxyray.pipeline import STAGES, run_all
 from oxyray.run import Run
 
@@ -47,6 +48,8 @@ QUICK = ("data.mall.size=tiny", "model=tiny", "sid.iterations=5", "train.max_ste
          "align.supervised_targets=300")  # fmt: skip
 FULL = ("data.mall.size=small", "train.max_steps=10", "rank.max_steps=10", "align.steps=16", "align.requests_per_step=64",
         "align.pieces=4", "align.group=16", "align.supervised_targets=128")  # fmt: skip
+WIDE = {"requests_per_step": 16, "group": 256}  # large beams, as the paper's
+WIDE_QUICK = {"requests_per_step": 4, "group": 16}
 
 
 def main() -> None:
@@ -65,8 +68,10 @@ def main() -> None:
         where_the_time_goes(report, found[SYNCHRONOUS])
         one_step_off(report, found)
         more_workers(report, found, config.align.requests_per_step, workers)
-        [steps] = spawned(1, 1, parts_of_steps, to_dict(config), folder, 2 if quick else 8)
-        beside_hugging_face(report, steps)
+        wide = dataclasses.replace(config.align, **(WIDE_QUICK if quick else WIDE))
+        for settings, turns in ((config.align, 8), (wide, 4)):
+            [steps] = spawned(1, 1, parts_of_steps, to_dict(dataclasses.replace(config, align=settings)), folder, 2 if quick else turns)
+            beside_hugging_face(report, steps, settings)
     report.finish(quick)
 
 
@@ -216,7 +221,7 @@ class Peers:
         return torch.randn(*visible_BS.shape, self.model.width, generator=torch.Generator().manual_seed(SEED)), visible_BS
 
 
-def beside_hugging_face(report: Report, seconds: dict[str, list[float]]) -> None:
+def beside_hugging_face(report: Report, seconds: dict[str, list[float]], settings: AlignConfig) -> None:
     """Each turn's step by each way: its other parts, and that way's generation."""
     others = [sum(parts) for parts in zip(*(seconds[name] for name in ("publish", "judge", "learn")), strict=True)]
     ways = [name for name in seconds if name not in ("publish", "judge", "learn")]
@@ -229,9 +234,11 @@ def beside_hugging_face(report: Report, seconds: dict[str, list[float]]) -> None
         for name in ways
     ]  # fmt: skip
     columns = ["candidates from", "generation, ms", f"against {ours}", "the step, ms", f"against {ours}"]
-    report.table(f"A step in one process, by who generates (medians of {len(others)} steps)", columns, rows)
+    size = f"{settings.requests_per_step} requests × {settings.group} candidates"
+    report.table(f"A step of {size} in one process, by who generates (medians of {len(others)} steps)", columns, rows)
     for kind in ("vectorised mask", "prefix function"):
-        report.claim(f"a step with HF's draws by a {kind} against one with ours: time", step[f"HF draws, {kind}"] / step[ours], 10, "×")
+        title = f"a step of {size} with HF's draws by a {kind} against one with ours: time"
+        report.claim(title, step[f"HF draws, {kind}"] / step[ours], 10, "×")
 
 
 def _crowd(count: int) -> str:

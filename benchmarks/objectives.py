@@ -9,6 +9,7 @@ learned, without candidates: `supervised`. Finished runs are kept in `runs/`, so
 
 from __future__ import annotations
 
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def spread(values: list[float]) -> str:
 
 
 def slug(title: str) -> str:
-    return "".join(c if c.isalnum() or c == "." else "_" for c in title)
+    return re.sub(r"[^A-Za-z0-9.]+", "_", title.replace("τ", "tau")).strip("_")
 
 
 if __name__ == "__main__":
