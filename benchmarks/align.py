@@ -48,8 +48,8 @@ QUICK = ("data.mall.size=tiny", "model=tiny", "sid.iterations=5", "train.max_ste
          "align.supervised_targets=300")  # fmt: skip
 FULL = ("data.mall.size=small", "train.max_steps=10", "rank.max_steps=10", "align.steps=16", "align.requests_per_step=64",
         "align.pieces=4", "align.group=16", "align.supervised_targets=128")  # fmt: skip
-WIDE = {"requests_per_step": 16, "group": 256}  # large beams, as the paper's
-WIDE_QUICK = {"requests_per_step": 4, "group": 16}
+WIDE: dict[str, Any] = {"requests_per_step": 16, "group": 256}  # large beams, as the paper's
+WIDE_QUICK: dict[str, Any] = {"requests_per_step": 4, "group": 16}
 
 
 def main() -> None:

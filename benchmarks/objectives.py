@@ -1,5 +1,6 @@
 """What alignment is worth, by objective (paper, Table 10), by SA-GCPO's temperatures (Table 11) and by the share of synthetic requests
-(Figure 7): `python -m benchmarks.objectives methods|tau|synthetic data=mall [overrides] [--seeds 1 2 3]`.
+(Figure 7): `python -m benchmarks.objectives methods|stale|tau|synthetic data=mall [overrides] [--seeds 1 2 3]`. `stale` is `methods` with
+candidates that are several versions old, so that ratios leave 1, which is where the objectives differ.
 
 One supervised policy, which has held the newest training events back, is aligned again and again, from the same start, on the same budget;
 a seed draws requests and candidates. What is told is the test split's, of the weights that validation chose (`align` keeps the start where
@@ -24,6 +25,7 @@ from oxyray.pipeline import STAGES, borrow, run_all, run_one
 from oxyray.run import Run
 
 OTHERS = ("supervised", "grpo", "gspo", "ecpo", "gbpo")
+RIVALS: dict[str, list[str]] = {"methods": [], "stale": ["align.staleness=8"]}
 TAUS = ((1.0, 1.05), (1.0, 1.0), (1.0, 0.95), (1.0, 2.0), (1.0, 0.5))  # the paper's three, and two that can be told apart
 SHARES = (0.0, 0.17, 0.33, 0.5)
 METRICS = ("HR@1", "HR@10", "NDCG@10")
@@ -33,8 +35,8 @@ Figures = dict[str, float]
 
 def ways(part: str) -> dict[str, list[str]]:
     """Title of each way to align, and its overrides."""
-    if part == "methods":
-        return {"sa_gcpo": []} | {name: [f"align.objective.name={name}"] for name in OTHERS}
+    if part in RIVALS:
+        return {name: [f"align.objective.name={name}", *RIVALS[part]] for name in ("sa_gcpo", *OTHERS)}
     if part == "tau":
         return {f"τ+ {a:g}, τ- {b:g}": [f"align.objective.tau_positive={a}", f"align.objective.tau_negative={b}"] for a, b in TAUS}
     return {
@@ -46,7 +48,7 @@ def ways(part: str) -> dict[str, list[str]]:
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("part", choices=("methods", "tau", "synthetic"))
+    parser.add_argument("part", choices=(*RIVALS, "tau", "synthetic"))
     parser.add_argument("words", nargs="*", help="overrides, as of `oxyray run`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options = parser.parse_args()
@@ -62,7 +64,8 @@ def main() -> None:
         run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "fuse", "sid", "pretrain", "rank")])
         for seed in seeds:
             for title, overrides in ways(options.part).items():
-                aligned, begun = once([*words, *overrides, f"align.seed={seed}"], Run(config.run_dir), base / f"{slug(title)}-{seed}")
+                folder = base / f"{options.part}-{slug(title)}-{seed}"
+                aligned, begun = once([*words, *overrides, f"align.seed={seed}"], Run(config.run_dir), folder)
                 found.setdefault(START, []).append(begun)
                 found.setdefault(title, []).append(aligned)
                 print(f"seed {seed}, {title}: {aligned}", flush=True)
@@ -106,14 +109,14 @@ def show(report: Report, found: dict[str, list[Figures]], part: str) -> None:
     def mean(title: str, name: str) -> float:
         return statistics.fmean(figure[name] for figure in found[title])
 
-    ours = "sa_gcpo" if part == "methods" else next(title for title in found if title != START)
+    ours = "sa_gcpo" if part in RIVALS else next(title for title in found if title != START)
     for name in METRICS[:2]:
         report.claim(f"{name} of {ours} beside its start", mean(ours, name) / mean(START, name), 1.0, "ratio")
     if "clicks" in names:
         report.claim(
             f"clicks of a slate by the true utility, {ours} beside its start", mean(ours, "clicks") / mean(START, "clicks"), 1.0, "ratio"
         )
-    for other in found if part == "methods" else ():
+    for other in found if part in RIVALS else ():
         if other not in (START, ours):
             report.claim(f"HR@10 of {ours} beside {other}", mean(ours, "HR@10") / mean(other, "HR@10"), 1.0, "ratio")
 

@@ -25,7 +25,7 @@ from oxyray.cluster.fleet import Fleet
 from oxyray.cluster.group import Group
 from oxyray.cluster.placement import Plan, options
 from oxyray.cluster.rows import RowsLost, Servers, dismiss, serve, several_nodes
-from oxyray.cluster.wait import ProcessLost
+from oxyray.cluster.wait import GroupLost, ProcessLost
 from oxyray.config import Config, to_dict
 
 
@@ -76,16 +76,16 @@ class Crew:
         if self._spread:
             try:
                 self._servers = serve(self.learners.nodes, self.environment, self.config.align.timeout_s)
-            except ProcessLost:
-                self.learners.call("pid")
-                raise
+            except ProcessLost as error:
+                raise GroupLost(str(error)) from error
 
     def replace_learners(self) -> None:
         """End what is left of the learners; others come, yet to be formed. Candidates on the way are dropped: they will be generated again,
-        for the weights that there are then."""
+        for the weights that there are then. Rollout workers let go of the published tables, whose memory would stay taken."""
         self.learners.stop()
         for fleet in (self.rollouts, self.judges):
             fleet.forget()
+        self.rollouts.enrol("release")
         self._prepared.clear()
         self._clear(self._tables())
         self.restarts += 1
@@ -93,7 +93,7 @@ class Crew:
 
     def prepare(self, step: int) -> None:
         """Have the step's candidates generated and judged, by the published version; nothing where that is done. Raises GroupLost when rows
-        were not to be had because learners are lost."""
+        of the learners were not to be had."""
         if step in self._prepared:
             return
         pieces = range(self.config.align.pieces)
@@ -102,9 +102,8 @@ class Crew:
             self.rollouts.submit((step, piece), "generate", step=step, piece=piece)
         try:
             rolled: list[Rolled] = self.rollouts.collect([(step, piece) for piece in pieces], f"step {step}: generation")
-        except RowsLost:
-            self.learners.call("pid")
-            raise
+        except RowsLost as error:
+            raise GroupLost(str(error)) from error
         generated = time.monotonic()
         for piece in pieces:
             self.judges.submit((step, piece), "judge", rolled=rolled[piece])

@@ -29,6 +29,11 @@ class Course:
     start: float | None = None
     minutes: float = 0.0
 
+    def adopt(self, about: dict[str, Any]) -> None:
+        """Take over what `best/` tells of itself: a run that went back may have left there what its checkpoint does not know of."""
+        if self.best is not None and about.get("valid_hit", self.best) > self.best:
+            self.best, self.best_step = about["valid_hit"], about["step"]
+
     def reached(self, hit: float) -> bool:
         """Note a validation's hit rate; whether it is the best so far."""
         self.start = hit if self.start is None else self.start
@@ -68,7 +73,8 @@ def run(crew: Crew, settings: AlignConfig, course: Course, log: Log, stopping: C
 def validate(crew: Crew, course: Course, log: Log) -> None:
     """Measure the policy as it is; keep its weights when they are the best so far. Without validation requests the newest are the best."""
     found = crew.validate()
-    if course.reached(found.get("valid_hit", float(course.step))):
+    better = course.reached(found.get("valid_hit", float(course.step)))
+    log(found | {"best": course.best, "best_step": course.best_step}, course.step)
+    if better:
         crew.keep_best(course.step, found)
         crew.save(asdict(course))  # so that who goes on from a checkpoint knows of these weights
-    log(found | {"best": course.best, "best_step": course.best_step}, course.step)

@@ -22,6 +22,7 @@ from oxyray.config import Config, from_dict
 from oxyray.errors import RewardError
 from oxyray.logs import log_warnings
 from oxyray.run import Run
+from oxyray.train import checkpoint
 
 
 class LearnerProcess(Rank):
@@ -31,9 +32,14 @@ class LearnerProcess(Rank):
         self.config, self.tables, self.checkpoints = from_dict(Config, config), Path(tables), Path(checkpoints)
 
     def join(self, rank: int, world: int, local_rank: int, local_world: int, address: str, port: int, seconds: float) -> None:
+        import torch
+
         super().join(rank, world, local_rank, local_world, address, port, seconds)
         log_warnings(Run(self.config.run_dir).folder, f"align-learner{rank}")
         sweep(self.tables.parent)
+        if rank == 0:
+            checkpoint.sweep(self.checkpoints)
+        torch.distributed.barrier()
         self.learner = Learner(self.config, self.config.align, self.tables / here(), self.checkpoints, rank, world, _device())
 
     def pid(self) -> int:
@@ -73,6 +79,10 @@ class RolloutProcess(Member):
     def load(self, version: int, weights: Mapping[str, np.ndarray], folder: str, servers: Sequence[tuple[str, Any]]) -> int:
         """`servers` answer for the rows of other nodes, see `oxyray.cluster.rows`."""
         return self.rollout.load(version, weights, Path(folder), opener(servers))
+
+    def release(self) -> None:
+        if "rollout" in vars(self):
+            self.rollout.release()
 
     def generate(self, step: int, piece: int) -> Rolled:
         return self.rollout.generate(step, piece)

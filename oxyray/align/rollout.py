@@ -85,6 +85,10 @@ class Rollout:
         self.version = version
         return version
 
+    def release(self) -> None:
+        """Let go of the published tables."""
+        self._folder, self._readers = Path(), {}
+
     @torch.no_grad()
     def generate(self, step: int, piece: int) -> Rolled:
         """Raises GenerationError when the published tables are of another version than the weights."""

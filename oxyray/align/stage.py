@@ -23,7 +23,7 @@ from oxyray.cluster.start import ray_for
 from oxyray.cluster.wait import GroupLost
 from oxyray.config import Config, to_dict
 from oxyray.errors import Stopped, TrainingError
-from oxyray.files import read_json, whole, write_json
+from oxyray.files import clear_leftovers, read_json, whole, write_json
 from oxyray.model.inputs import Inputs
 from oxyray.progress import bar
 from oxyray.run import Run
@@ -40,6 +40,7 @@ def align(config: Config, run: Run) -> None:
     run.need("pretrain", "model", stage="pretrain")
     settings, folder = config.align, run.path("align")
     folder.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder)
     (folder / "stop").unlink(missing_ok=True)
     identity = _identity(config, run)
     course = _begin(config, run, identity)
@@ -74,9 +75,14 @@ def _go(crew: Crew, config: Config, run: Run, course: Course) -> None:
             shown.update(step - shown.n)
             write_json(run.path("align", "progress.json"), {"step": step, "total": settings.steps, **vars(course)})
 
+        lost: GroupLost | None = None
         while True:
             try:
                 crew.form()
+                if lost is not None:  # only now nobody of the former ones can still finish a checkpoint
+                    clear_leftovers(run.path("align"))
+                    vars(course).update(vars(_course(checkpoint.latest(run.path("align", "checkpoints")), run)))
+                    print(f"align: {lost}: the learners were started anew and go on from step {course.step}", flush=True)
                 return loop.run(crew, settings, course, log, stop.exists)
             except GroupLost as error:
                 if crew.restarts >= settings.max_restarts:
@@ -84,24 +90,24 @@ def _go(crew: Crew, config: Config, run: Run, course: Course) -> None:
                         f"{error}; {crew.restarts} restarts of the learners (align.max_restarts={settings.max_restarts}) did not help: the "
                         f"logs are in {run.path('logs', 'latest')}, and the same command goes on from the last checkpoint"
                     ) from error
-                vars(course).update(vars(_saved(run) or Course()))
                 crew.replace_learners()
-                print(f"align: {error}: the learners start anew and go on from step {course.step}", flush=True)
+                lost = error
 
 
 def _begin(config: Config, run: Run, identity: dict[str, Any]) -> Course:
     """From the checkpoint to go on from, else from the start. Says which."""
     found = resumable("align", run, {"identity": identity}, config.force)
-    if found is None:
-        return Course()
-    course = Course(**found.meta["course"])
-    print(f"align: goes on from step {course.step}, after {course.minutes:.1f} minutes", flush=True)
+    course = _course(found, run)
+    if found:
+        print(f"align: goes on from step {course.step}, after {course.minutes:.1f} minutes", flush=True)
     return course
 
 
-def _saved(run: Run) -> Course | None:
-    found = checkpoint.latest(run.path("align", "checkpoints"))
-    return Course(**found.meta["course"]) if found else None
+def _course(found: checkpoint.Checkpoint | None, run: Run) -> Course:
+    course = Course(**found.meta["course"]) if found else Course()
+    if run.path("align", "best", "model.json").exists():
+        course.adopt(read_json(run.path("align", "best", "model.json")))
+    return course
 
 
 def _identity(config: Config, run: Run) -> dict[str, Any]:

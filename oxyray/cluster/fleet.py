@@ -174,6 +174,7 @@ class Fleet:
             isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
         )
         if not lost:
+            self._alive(member)  # it lives, whatever the manager makes of an error
             raise own_error(error)
         self._waiting.appendleft(key)
         self._died(member, own_error(error) if isinstance(error, ProcessLost) else error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from oxyray.cluster.wait import GroupLost, ProcessLost, answers, lost_among
+from oxyray.cluster.wait import GroupLost, ProcessLost, answers, first_line, lost_among
 from oxyray.errors import OxyrayError
 
 _GRACE_S = 30.0  # Ray takes that long to believe that a node is gone
@@ -54,7 +54,12 @@ class Group:
         self.nodes = [node for node, _, _ in met]
         places = [(self.nodes[:rank].count(node), self.nodes.count(node)) for rank, node in enumerate(self.nodes)]
         _, address, port = met[0]
-        self.call("join", [(rank, len(met), *place, address, port, self.seconds) for rank, place in enumerate(places)])
+        try:
+            self.call("join", [(rank, len(met), *place, address, port, self.seconds) for rank, place in enumerate(places)])
+        except OxyrayError:
+            raise
+        except Exception as error:  # the port may be taken by now: another try finds another
+            raise GroupLost(f"{self.name}s: join ({first_line(error)})") from error
 
     def begin(self, method: str, each: Sequence[tuple[Any, ...]] | None = None, **arguments: Any) -> Callable[[], list[Any]]:
         """Call `method` on every rank, with arguments of its own from `each`; gives what waits for the answers."""
@@ -69,7 +74,8 @@ class Group:
             except OxyrayError:
                 raise
             except Exception as error:  # a rank whose neighbour died may tell of its broken connection before Ray tells of the death
-                lost = lost_among(refs, _GRACE_S, f"{self.name}s: {method}")
+                asked = [*refs, *(actor.meet.remote() for actor in self.actors)]  # who has answered may have died since
+                lost = lost_among(asked, _GRACE_S, f"{self.name}s: {method}")
                 if lost is not None:
                     raise GroupLost(str(lost)) from error
                 raise

@@ -13,6 +13,7 @@ Legend: N rows asked for, T touched rows, D row width, S shards, R rows of a sha
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -52,10 +53,9 @@ class PublishedShard:
 
     def __init__(self, folder: Path, name: str, rank: int, first: int, rows: int, width: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _room(folder, rows * width * 4)
         self.first = first
         self._files = [folder / f"{name}.{rank}.{part}" for part in ("rows", "head")]
-        self._row_RD = np.memmap(self._files[0], np.float32, "w+", shape=(rows, width)) if rows else np.empty((0, width), np.float32)
+        self._row_RD = _reserved(self._files[0], rows, width) if rows else np.empty((0, width), np.float32)
         self._head = np.memmap(self._files[1], np.int64, "w+", shape=(_FIELDS,))
         self._head[:] = [0, -1, first, rows, width, os.getpid(), 0, 0]
 
@@ -229,11 +229,21 @@ def _mapped(file: Path, rows: int, width: int) -> Array:
     return np.asarray(np.memmap(file, np.float32, "r", shape=(rows, width))) if rows else np.empty((0, width), np.float32)
 
 
-def _room(folder: Path, size: int) -> None:
-    """Shared memory that is full kills the writer with a bus error: better to refuse before."""
-    free = os.statvfs(folder)
-    if size > free.f_bavail * free.f_frsize:
+def _reserved(file: Path, rows: int, width: int) -> Array:
+    """A table of zeros whose memory is there: where shared memory runs out later, the writer dies of a bus error."""
+    size = rows * width * 4
+    free = os.statvfs(file.parent)
+    try:
+        if size > free.f_bavail * free.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with open(file, "wb") as made:
+            os.posix_fallocate(made.fileno(), 0, size)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        if error.errno != errno.ENOSPC:
+            raise
         raise ClusterError(
-            f"{folder} has {free.f_bavail * free.f_frsize / 2**30:.1f} GB free, a table's shard needs {size / 2**30:.1f} GB: "
+            f"{file.parent} has {free.f_bavail * free.f_frsize / 2**30:.1f} GB free, a table's shard needs {size / 2**30:.1f} GB: "
             "mount a larger /dev/shm (docker: --shm-size), or name another folder"
-        )
+        ) from error
+    return np.memmap(file, np.float32, "r+", shape=(rows, width))

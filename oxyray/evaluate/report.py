@@ -71,7 +71,8 @@ def last_training(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in lines:
         if "step" not in line:
             continue
-        if kept and line["step"] < kept[-1]["step"]:
+        again = "loss" in line and any("loss" in earlier and earlier["step"] == line["step"] for earlier in kept[-3:])
+        if kept and (line["step"] < kept[-1]["step"] or again):
             kept = [earlier for earlier in kept if earlier["step"] < line["step"]]
         kept.append(line)
     return kept

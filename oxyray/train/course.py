@@ -27,6 +27,11 @@ class Course:
     validated_at: int = -1
     ended: str = ""
 
+    def adopt(self, about: dict[str, Any], chosen_by: str) -> None:
+        """Take over what `best/` tells of itself: a run that went back may have left there what its checkpoint does not know of."""
+        if self.best is not None and about.get(chosen_by, self.best) > self.best:
+            self.best, self.best_step = about[chosen_by], about["step"]
+
 
 def deciding(settings: CourseConfig) -> dict[str, Any]:
     """The settings that decide what is trained: part of a task's identity."""

@@ -27,7 +27,7 @@ from oxyray import errors
 from oxyray.cluster.start import ray_for
 from oxyray.config import Config, from_dict, to_dict
 from oxyray.errors import ConfigError, OxyrayError, RunError, Stopped, TrainingError
-from oxyray.files import read_json, write_json
+from oxyray.files import clear_leftovers, read_json, write_json
 from oxyray.logs import log_warnings
 from oxyray.progress import bar
 from oxyray.run import Run
@@ -56,6 +56,7 @@ def train(task: str, config: Config, run: Run) -> None:
     stage, workers = made.stage, made.settings.workers
     folder = run.path(stage)
     folder.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder)
     if _already_over(made, run, config.force):
         return
     for name in ("stop", "error.json", "progress.json"):
@@ -93,11 +94,17 @@ def _already_over(task: Task, run: Run, force: bool) -> bool:
     if found is None:
         return False
     course = found.meta["course"]
-    if course["ended"] and found.meta["limits"] == limits(task.settings) and run.path(stage, "model", "model.json").exists():
+    if course["ended"] and found.meta["limits"] == limits(task.settings) and published(run.path(stage)):
         print(f"{stage}: already over at step {found.step} ({course['ended']}): nothing is trained", flush=True)
         return True
     print(f"{stage}: goes on from step {found.step}, after {course['minutes']:.1f} minutes of training", flush=True)
     return False
+
+
+def published(folder: Path) -> bool:
+    """Whether `model/` is what `best/` is; a run that was killed at its very end may have left an earlier one."""
+    made, best = folder / "model" / "model.json", folder / "best" / "model.json"
+    return made.exists() and (not best.exists() or made.read_bytes() == best.read_bytes())
 
 
 def _fit(name: str, task: Task, config: Config, run: Run) -> None:
@@ -119,29 +126,34 @@ def _fit(name: str, task: Task, config: Config, run: Run) -> None:
         # Nothing preempts the own machine, and nobody reads the metrics: two processes less to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    # Ray Train wants a place for its own records; nothing in it is needed afterwards.
-    records = tempfile.mkdtemp(prefix=".ray-", dir=run.path(stage))
     told = {"task": name, "config": to_dict(config) | {"run_dir": str(run.folder)}}
     resources = {"CPU": 1.0, **({"GPU": 1.0} if gpu else {})}
-    trainer = (_local_trainer() if config.cluster.address == "local" else TorchTrainer)(
-        _worker,
-        train_loop_config=told,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(settings.timeout_s)),
-        scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=gpu, resources_per_worker=resources),
-        run_config=RunConfig(  # type: ignore[call-arg]  # typed as Train's first version
-            name=stage,
-            storage_path=records,
-            failure_config=FailureConfig(max_failures=settings.max_restarts),
-            worker_runtime_env={"env_vars": environment(config, settings.threads_per_worker, settings.workers)},
-        ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise_left_error(run.path(stage))
-        raise TrainingError(_told(error, task, run)) from error
-    finally:
-        shutil.rmtree(records, ignore_errors=True)
+    most = settings.max_restarts
+
+    def fit(records: str) -> None:
+        (_local_trainer() if config.cluster.address == "local" else TorchTrainer)(
+            _worker,
+            train_loop_config=told,
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(settings.timeout_s)),
+            scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=gpu, resources_per_worker=resources),
+            run_config=RunConfig(  # type: ignore[call-arg]  # typed as Train's first version
+                name=stage,
+                storage_path=records,
+                failure_config=FailureConfig(max_failures=most, controller_failure_limit=most),  # type: ignore[call-arg]
+                worker_runtime_env={"env_vars": environment(config, settings.threads_per_worker, settings.workers)},
+            ),
+        ).fit()
+
+    for left in range(most, -1, -1):
+        # Ray Train wants a place for its own records; nothing in it is needed afterwards.
+        with tempfile.TemporaryDirectory(prefix=".ray-", dir=run.path(stage), ignore_cleanup_errors=True) as records:
+            try:
+                return fit(records)
+            except TrainingFailedError as error:
+                raise_left_error(run.path(stage))
+                # Whoever dies while the group forms ends Train's run as a failure of its controller, which it does not try again.
+                if left == 0 or not isinstance(getattr(error, "controller_failure", None), ray.exceptions.RayError):
+                    raise TrainingError(_told(error, task, run)) from error
 
 
 def _local_trainer() -> Any:
@@ -205,12 +217,13 @@ def raise_left_error(folder: Path) -> None:
 def _told(error: Exception, task: Task, run: Run) -> str:
     """Why training failed, in one line: rank, cause, mend."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    rank, cause = next(iter(failures.items()), (None, error))
+    rank, cause = next(iter(failures.items()), (None, getattr(error, "controller_failure", error)))
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     # A remote traceback ends with the error itself; an actor's death begins with it.
     said = lines[-1] if "Traceback" in str(cause) else lines[0]
+    failed = "the workers did not start" if rank is None else f"worker {rank} failed"
     return (
-        f"worker {rank} failed and {task.settings.max_restarts} restarts ({task.key}.max_restarts) did not help: {said}; the log is in "
+        f"{failed} and {task.settings.max_restarts} restarts ({task.key}.max_restarts) did not help: {said}; the log is in "
         f"{run.path('logs', 'latest')}, and the same command goes on from the last checkpoint"
     )
 

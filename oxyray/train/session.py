@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from oxyray.files import whole, write_json
+from oxyray.files import read_json, whole, write_json
 from oxyray.model.flops import peak
 from oxyray.run import Run
 from oxyray.train import checkpoint
@@ -47,6 +47,9 @@ class Session:
         self.log_every = max(1, min(50, self.total_steps // 100))
         self.validation = task.validation(self.rank, self.world)
         self.course = Course()
+        if self.rank == 0:
+            checkpoint.sweep(self.folder / "checkpoints")
+        dist.barrier()
         found = checkpoint.latest(self.folder / "checkpoints")
         self.engine = self._engine(found)
         self._twin: nn.Module | None = None
@@ -102,6 +105,8 @@ class Session:
             found.load_tables(engine.tables)
             self.stream.load_state_dict(found.meta["position"])
             self.course = Course(**found.meta["course"])
+            if (self.folder / "best" / "model.json").exists():
+                self.course.adopt(read_json(self.folder / "best" / "model.json"), self.task.chosen_by)
             if found.meta["limits"] != limits(self.settings):
                 self.course.ended = ""  # asked to go on
         return engine

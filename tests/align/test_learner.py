@@ -114,11 +114,14 @@ def refusals(settings: dict[str, Any], folder: str) -> list[str]:
         learner.learn([(rolled, judged(rolled, rollout)) for rolled in pieces])
     except TrainingError as error:
         said.append(str(error))
-    learner.publish(1)
+    weights = learner.publish(1)
     try:
         rollout.generate(0, 0)
     except GenerationError as error:
         said.append(str(error))
+    rollout.release()
+    rollout.load(1, weights, Path(folder) / "tables")
+    assert rollout.generate(0, 0).version == 1
     learner.close()
     return said
 

@@ -100,8 +100,8 @@ def test_whoever_is_killed_the_run_learns_what_an_undisturbed_one_of_fewer_proce
     for event in events:
         event.join(timeout=10)
     told = capsys.readouterr().out
-    assert "the learners start anew and go on from step 0" in told
-    assert "the learners start anew and go on from step 3" in told
+    assert "the learners were started anew and go on from step 0" in told
+    assert "the learners were started anew and go on from step 3" in told
     assert restarts(run) == {"rollout": 1, "judge": 1, "learners": 2}
     assert all(gone(role) for role in ROLES), "nobody is left behind"
     found = checkpoint.latest(run.path("align", "checkpoints"))
@@ -137,6 +137,18 @@ def test_a_validation_that_is_no_better_leaves_the_best() -> None:
         reached.append(course.reached(hit))
     assert reached == [True, False, False, True, False]
     assert (course.start, course.best, course.best_step) == (0.3, 0.4, 3)
+
+
+def test_what_lies_in_best_is_known_after_going_back() -> None:
+    course = Course(step=6, best=0.3, best_step=6, start=0.2)
+    course.adopt({"step": 9, "valid_hit": 0.35})
+    assert (course.best, course.best_step) == (0.35, 9)
+    course.adopt({"step": 12, "valid_hit": 0.34})
+    course.adopt({"step": 12})
+    assert (course.best, course.best_step) == (0.35, 9)
+    new = Course()
+    new.adopt({"step": 9, "valid_hit": 0.35})
+    assert new == Course(), "best/ is an earlier run's"
 
 
 def test_a_reward_that_fails_is_an_error_and_no_number(config: Config, tmp_path: Path) -> None:

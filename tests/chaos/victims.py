@@ -18,8 +18,8 @@ ROLES = {"rollout": "RolloutProcess", "judge": "JudgeProcess", "learner": "Learn
 
 
 def processes(role: str) -> list[int]:
-    """Process ids of the role's actors, oldest first."""
-    found = [child for child in psutil.Process().children(recursive=True) if ROLES[role] in _title(child)]
+    """Process ids of the actors of a role, or of a class, oldest first."""
+    found = [child for child in psutil.Process().children(recursive=True) if ROLES.get(role, role) in _title(child)]
     return [child.pid for child in sorted(found, key=lambda child: child.create_time())]
 
 

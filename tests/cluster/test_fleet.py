@@ -115,6 +115,10 @@ def test_too_many_deaths_and_own_errors_end_it_with_their_reason(tmp_path: Path)
     workers.submit("b", "fail")
     with pytest.raises(RewardError, match="request 3 scored nan"):
         workers.collect(["b"], "a job")
+    workers.forget()
+    workers.submit("c", "work", number=1)
+    assert workers.collect(["c"], "a job") == [(1, -1)]
+    assert workers.restarts == 0, "who raises an error of its own lives"
     workers.stop()
 
 

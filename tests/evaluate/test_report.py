@@ -121,6 +121,7 @@ def test_a_resumed_training_is_one_curve():
     lines = [line(1, 9.0), line(2, 8.0), line(3, 7.0), {"resumed": True}, line(2, 8.5), line(3, 7.5), line(4, 7.0)]
     assert [(x["step"], x["loss"]) for x in last_training(lines)] == [(1, 9.0), (2, 8.5), (3, 7.5), (4, 7.0)]
     assert last_training([line(5, 1.0), line(1, 9.0)]) == [line(1, 9.0)]
+    assert last_training([line(1, 9.0), line(2, 8.0), line(2, 7.0)]) == [line(1, 9.0), line(2, 7.0)]
 
 
 def test_pictures_are_checked_and_made_small():

@@ -20,8 +20,10 @@ from oxyray.errors import RunError, Stopped, TrainingError
 from oxyray.files import read_json, write_json
 from oxyray.run import Run
 from oxyray.train import checkpoint
-from oxyray.train.driver import _worker, raise_left_error
+from oxyray.train.driver import _worker, published, raise_left_error
 from oxyray.train.pretrain import pretrain
+from tests.chaos.victims import kill as kill_newest
+from tests.chaos.victims import when_seen
 from tests.evaluate.shop import prepared_run
 from tests.train.test_session import two_workers
 from tests.train.train_workers import run as spawn
@@ -79,10 +81,11 @@ def test_a_killed_worker_repeats_no_batch_and_loses_none(config: Config, tmp_pat
         os.kill(progress["pids"][1], signal.SIGKILL)
         killed.append(progress["step"])
 
-    killer = when_at(tmp_path / "hit", 6, kill)
+    early, killer = when_seen("RayTrainWorker", lambda: kill_newest("RayTrainWorker")), when_at(tmp_path / "hit", 6, kill)
     run = Run(hit.run_dir)
     pretrain(hit, run)
-    killer.join(timeout=10)
+    for thread in (early, killer):
+        thread.join(timeout=10)
     total = read_json(run.path("pretrain", "progress.json"))["total"]
     assert killed
     assert killed[0] < total
@@ -113,6 +116,16 @@ def test_who_is_restarted_after_an_error_that_would_come_again_leaves_at_once(co
     with pytest.raises(TrainingError, match="^the disk is full$"):
         raise_left_error(folder)
     assert not list(folder.iterdir())
+
+
+def test_a_model_of_an_earlier_end_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    assert not published(tmp_path)
+    for folder, step in (("best", 2), ("model", 1)):
+        (tmp_path / folder).mkdir()
+        write_json(tmp_path / folder / "model.json", {"step": step})
+    assert not published(tmp_path)
+    write_json(tmp_path / "model" / "model.json", {"step": 2})
+    assert published(tmp_path)
 
 
 def test_sigterm_leaves_a_checkpoint(config: Config, tmp_path: Path) -> None:
