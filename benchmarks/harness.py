@@ -68,15 +68,20 @@ class Report:
         print(f"\nwritten to {path}", flush=True)
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, warm: int = 0) -> tuple[dict[str, list[float]], dict[str, Any]]:
+def in_turns(
+    ways: dict[str, Callable[[], Any]], rounds: int, warm: int = 0, calls: int = 1
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Seconds of every round of each way, and what it gave last. The ways take turns, so that all meet the same machine; `warm` rounds
-    before are not counted. A GPU's work is waited for."""
+    before are not counted. With several `calls` a turn only the last is timed: then no way pays for the caches and the memory that the one
+    before it took. A GPU's work is waited for."""
     import torch
 
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     given: dict[str, Any] = {}
     for turn in range(-warm, rounds):
         for name, way in ways.items():
+            for _ in range(calls - 1):
+                way()
             begin = time.perf_counter()
             given[name] = way()
             if torch.cuda.is_available():
@@ -86,8 +91,8 @@ def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, warm: int = 0) -> 
     return seconds, given
 
 
-def medians(ways: dict[str, Callable[[], Any]], rounds: int, warm: int = 0) -> dict[str, float]:
-    return {name: statistics.median(found) for name, found in in_turns(ways, rounds, warm)[0].items()}
+def medians(ways: dict[str, Callable[[], Any]], rounds: int, warm: int = 0, calls: int = 1) -> dict[str, float]:
+    return {name: statistics.median(found) for name, found in in_turns(ways, rounds, warm, calls)[0].items()}
 
 
 def arguments(about: str) -> argparse.ArgumentParser:

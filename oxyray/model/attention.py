@@ -140,7 +140,8 @@ def _joined(shapes: list[Shape]) -> list[Shape]:
             joined[-1] = Shape(longest, longest, "causal", tuple(sorted(joined[-1].rows + shape.rows)))
         else:
             joined.append(shape)
-    return joined + [shape for shape in shapes if shape.form != "causal"]
+    found = joined + [shape for shape in shapes if shape.form != "causal"]
+    return sorted(found, key=lambda shape: shape.rows[0])  # in the documents' order where it can be: then nothing is to be put back
 
 
 def _stacked(x_NHE: Tensor, offset: list[int], rows: tuple[int, ...], length: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from oxyray.sid.lloyd import row_bytes
+from oxyray.sid.lloyd import different
 from oxyray.sid.rqkmeans import RQKMeans
 
 Array = np.ndarray
@@ -23,13 +23,13 @@ def told_apart(codes_NL: Array, vectors_NF: Array, codebook: RQKMeans, limit: fl
     """Codes (N, L) with collisions resolved where they can be; what `taken_ML` (published SIDs) holds is free for nobody.
 
     `limit`: a move may leave at most this many times the mean squared error that there was before the last level, equal vectors counted
-    once. Items that find no
-    code within it, or a prefix whose codes are all taken, keep the SID that they share. Equal input gives equal output.
+    once. Items that find no code within it, or a prefix whose codes are all taken, keep the SID that they share. Equal input gives equal
+    output.
     """
     codes_NL = codes_NL.copy()
     width, centroids_VF = codebook.width, codebook.centroids_LVF[-1].astype(np.float32)
     residual_NF = np.asarray(vectors_NF, dtype=np.float32) - codebook.reconstruct(codes_NL[:, :-1])
-    distinct = np.unique(row_bytes(vectors_NF), return_index=True)[1]  # one vector ten thousand times says nothing about the others
+    distinct = different(vectors_NF)  # one vector ten thousand times says nothing about the others
     most = limit * float(np.square(residual_NF[distinct]).sum(axis=1).mean()) if len(residual_NF) else 0.0
     published_ML = codes_NL[:0] if taken_ML is None else taken_ML
     _, prefix_A = np.unique(np.concatenate([published_ML, codes_NL])[:, :-1], axis=0, return_inverse=True)

@@ -242,7 +242,8 @@ def raised(price_V: Array, count_V: Array, error_V: Array) -> Array:
 def within(held: Shards, centroids_VF: Array, count_V: Array, most: float) -> Array:
     """Bring every code to at most `most` times the mean load: of those that are too full the farthest vectors move to the nearest code
     with room. How many each code then has."""
-    room = math.ceil(most * count_V.sum() / len(count_V))
+    mean = count_V.sum() / len(count_V)
+    room = max(math.floor(most * mean + 1e-9), math.ceil(mean))
     full = np.flatnonzero(count_V > room)
     if not len(full):
         return count_V
@@ -299,12 +300,25 @@ def farthest(parts: Sequence[tuple[Array, Array, Array]], count: int) -> tuple[A
         return np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     row_H, distance_H, left_HF = (np.concatenate([part[place] for part in parts]) for place in range(3))
     order = np.lexsort((row_H, -distance_H))
-    _, first = np.unique(row_bytes(left_HF[order]), return_index=True)
-    best = order[np.sort(first)[:count]]
+    best = order[different(left_HF[order])[:count]]
     return row_H[best], distance_H[best], left_HF[best]
 
 
-def row_bytes(vectors_NF: Array) -> Array:
-    """Each row as one opaque value, so that equal rows can be found by sorting. -0.0 counts as 0.0."""
-    rows = np.ascontiguousarray(vectors_NF + np.float32(0))
-    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
+def different(vectors_NF: Array) -> Array:
+    """Row numbers, rising, of the vectors that equal no earlier one. -0.0 equals 0.0. Equal rows are found by a key of 64 bits, since to
+    sort whole rows takes as long as to cluster them; rows of one key are then compared."""
+    key_N = _keys(vectors_NF)
+    order = np.argsort(key_N, kind="stable")
+    same = np.flatnonzero(key_N[order[1:]] == key_N[order[:-1]])
+    if not np.array_equal(vectors_NF[order[same]], vectors_NF[order[same + 1]]):
+        return np.sort(np.unique(vectors_NF, axis=0, return_index=True)[1])
+    return np.sort(np.delete(order, same + 1))
+
+
+def _keys(vectors_NF: Array) -> Array:
+    factor_F = np.random.default_rng(0).integers(1, 2**63, vectors_NF.shape[1], dtype=np.uint64)
+    key_N = np.empty(len(vectors_NF), dtype=np.uint64)
+    for begin in range(0, len(vectors_NF), BLOCK):
+        block_NF = np.ascontiguousarray(vectors_NF[begin : begin + BLOCK], dtype=np.float32) + np.float32(0)
+        key_N[begin : begin + BLOCK] = block_NF.view(np.uint32).astype(np.uint64) @ factor_F
+    return key_N

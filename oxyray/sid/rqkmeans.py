@@ -22,7 +22,7 @@ from oxyray.config import ClusterConfig
 from oxyray.errors import CatalogueError
 from oxyray.files import whole
 from oxyray.progress import bar
-from oxyray.sid.lloyd import Nearest, Shards, farthest, lloyd, row_bytes, shards, squares, to_grid, within
+from oxyray.sid.lloyd import Nearest, Shards, different, farthest, lloyd, shards, squares, to_grid, within
 
 Array = np.ndarray
 
@@ -125,7 +125,7 @@ def fit(
     CatalogueError on NaN or infinite values, all-zero vectors, and fewer different vectors than codes (level 1 could never use them all),
     RunError when the cluster is smaller than `workers`."""
     vectors_NF = _checked(vectors_NF)
-    distinct = len(np.unique(row_bytes(vectors_NF)))
+    distinct = len(different(vectors_NF))
     if distinct < width:
         raise CatalogueError(
             f"{len(vectors_NF)} items have {distinct} different vectors, fewer than the {width} codes of a level: "
