@@ -67,7 +67,12 @@ class Lesson:
         return Lesson(**{name: value.to(device) if hasattr(value, "to") else value for name, value in moved.items()})
 
     def _shared(self, name: str) -> bool:
-        return name == "item" and self.supervised is not None and self.supervised.items.ids_U is self.requests.items.ids_U
+        return name == "item" and self.shelf_shared
+
+    @property
+    def shelf_shared(self) -> bool:
+        """Whether both batches hold the whole catalogue."""
+        return self.supervised is not None and self.supervised.items.whole and self.requests.items.whole
 
 
 class AlignedPolicy(nn.Module):
@@ -82,7 +87,8 @@ class AlignedPolicy(nn.Module):
         asked, more = lesson.rows(rows)
         counts = lesson.weight()
         path_BJL = torch.cat([lesson.path_BGL, lesson.target_path_BL[:, None]], dim=1)
-        logprob_BJL = self.policy.logprob(lesson.requests, asked, path_BJL, lesson.legal, self.temperature)
+        shelf = self.policy.shelf(lesson.requests, asked)
+        logprob_BJL = self.policy.logprob(lesson.requests, asked, path_BJL, lesson.legal, self.temperature, shelf)
         found = self._from_rewards(lesson, logprob_BJL)
         total = found.total * (counts / found.weight.clamp(min=1))
         parts = {"policy": total.detach(), **{name: value * counts for name, value in _told(found).items()}}
@@ -92,7 +98,7 @@ class AlignedPolicy(nn.Module):
             parts["drift"] = gap_BGL[real_BG].mean() * counts if bool(real_BG.any()) else total.new_zeros(())
         if lesson.supervised is not None and self.supervised_rate:
             # A piece is compared with itself, so that what is learned does not depend on how many learners share the pieces.
-            supervised = self.policy.loss(lesson.supervised, more, together=False)
+            supervised = self.policy.loss(lesson.supervised, more, together=False, shelf=shelf if lesson.shelf_shared else None)
             scale = counts / max(lesson.supervised.weight(), 1e-12)
             total = total + self.supervised_rate * scale * supervised.total
             parts |= {f"supervised/{name}": value * scale for name, value in supervised.parts.items()}

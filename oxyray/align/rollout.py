@@ -26,7 +26,8 @@ from oxyray.generate.pools import Legal, Pool
 from oxyray.generate.sample import Sampling, sample
 from oxyray.generate.steps import PolicySteps
 from oxyray.model.inputs import Inputs
-from oxyray.model.policy import Rows
+from oxyray.model.likelihood import path_logprob
+from oxyray.model.policy import Rows, Shelf
 from oxyray.model.saved import read_model
 from oxyray.run import Run
 
@@ -74,6 +75,8 @@ class Rollout:
         self._reference = read_model(folder, self.inputs) if settings.objective.kl else None
         self._folder, self._readers = Path(), dict[str, Reader]()
         self._open: Open = TableReader
+        self._shelf: Shelf | None = None  # of this version, where batches hold the whole catalogue
+        self._reference_shelf: Shelf | None = None
         self.version = -1
 
     def load(self, version: int, weights: Mapping[str, Array], folder: Path, open_table: Open = TableReader) -> int:
@@ -81,6 +84,7 @@ class Rollout:
         version back. What was opened stays open while the folder is the same."""
         if folder != self._folder:
             self._folder, self._open, self._readers = folder, open_table, {}
+        self._shelf = None
         self.policy.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()}, strict=False)
         self.version = version
         return version
@@ -92,31 +96,39 @@ class Rollout:
     @torch.no_grad()
     def generate(self, step: int, piece: int) -> Rolled:
         """Raises GenerationError when the published tables are of another version than the weights."""
-        begun = time.perf_counter()
+        clock = time.perf_counter()
         batch = self.requests.at(step)[piece]
         rows, legal, settings = self._rows(batch), self.pools.legal(batch), self.settings
+        shelf = self._shelf or self.policy.shelf(batch, rows)
+        self._shelf = shelf if batch.items.whole else None
+        steps = PolicySteps(self.policy, batch, rows, shelf)
+        begun = steps.decoding.fork()
         torch.manual_seed(hash((settings.seed, step, piece)) % 2**63)
         if settings.candidates == "beam":
-            leaf_BG = beam_search(PolicySteps(self.policy, batch, rows), legal, settings.group).leaf_BK
+            leaf_BG = beam_search(steps, legal, settings.group).leaf_BK
         else:
             sampling = Sampling(temperature=settings.temperature, replacement=settings.candidates == "sample")
-            leaf_BG = sample(PolicySteps(self.policy, batch, rows), legal, settings.group, sampling).leaf_BG
+            leaf_BG = sample(steps, legal, settings.group, sampling).leaf_BG
         target_B = self.policy.tree.leaf_of_item()[batch.items.ids_U[batch.target_Q]].long()
         path_BJL = paths(self.inputs, torch.cat([leaf_BG, target_B[:, None]], dim=1))
-        behaviour_BJL = self.policy.logprob(batch, rows, path_BJL, legal, settings.temperature).numpy()
-        reference_BJL = None
-        if self._reference is not None:
-            start, tables = self._reference
-            reference_BJL = start.logprob(batch, tables.lookup(batch.lookups()), path_BJL, legal, settings.temperature).numpy()
+        behaviour_BJL = path_logprob(self.policy, begun, path_BJL, legal, settings.temperature).numpy()
+        reference_BJL = None if self._reference is None else self._by_reference(batch, path_BJL, legal)
         return Rolled(
             step=step, piece=piece, version=self.version, leaf_BG=leaf_BG.int().numpy(), behaviour_BGL=behaviour_BJL[:, :-1],
-            target_behaviour_BL=behaviour_BJL[:, -1], seconds=time.perf_counter() - begun, reference_BJL=reference_BJL,
+            target_behaviour_BL=behaviour_BJL[:, -1], seconds=time.perf_counter() - clock, reference_BJL=reference_BJL,
         )  # fmt: skip
+
+    def _by_reference(self, batch: Batch, path_BJL: Tensor, legal: Legal) -> Array:
+        start, tables = self._reference  # type: ignore[misc]
+        rows = tables.lookup(batch.lookups())
+        shelf = self._reference_shelf or start.shelf(batch, rows)
+        self._reference_shelf = shelf if batch.items.whole else None
+        return start.logprob(batch, rows, path_BJL, legal, self.settings.temperature, shelf).numpy()
 
     def _rows(self, batch: Batch) -> Rows:
         found = {}
         for name, ids in batch.lookups().items():
-            if name == "user" and self.policy.user is None:
+            if (name == "user" and self.policy.user is None) or (name == "item" and self._shelf is not None):
                 continue
             if name not in self._readers:
                 self._readers[name] = self._open(self._folder, name)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,16 +28,26 @@ Tensor = torch.Tensor
 
 @dataclass
 class ItemBlock:
-    """The items that a batch can point at. `ids_U` are catalogue indices: the rows to look up in the item table."""
+    """The items that a batch can point at. `ids_U` are catalogue indices: the rows to look up in the item table. `whole` says that the
+    block is the whole catalogue: all such blocks are the same, and are moved to a device once."""
 
     ids_U: Tensor
     codes_UL: Tensor
     side_UC: Tensor
     text_UF: Tensor | None = None
+    whole: bool = False
+    _moved: dict[str, ItemBlock] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> ItemBlock:
+        if self.ids_U.device == torch.device(device):
+            return self
+        if (known := self._moved.get(str(device))) is not None:
+            return known
         text_UF = None if self.text_UF is None else self.text_UF.to(device)
-        return ItemBlock(self.ids_U.to(device), self.codes_UL.to(device), self.side_UC.to(device), text_UF)
+        moved = ItemBlock(self.ids_U.to(device), self.codes_UL.to(device), self.side_UC.to(device), text_UF, self.whole)
+        if self.whole:
+            self._moved[str(device)] = moved
+        return moved
 
 
 @dataclass

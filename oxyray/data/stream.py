@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -38,8 +39,10 @@ class ItemFeatures:
     def block(self, ids_U: Tensor) -> ItemBlock:
         return ItemBlock(ids_U, self.codes_IL[ids_U], self.side_IC[ids_U], None if self.text_IF is None else self.text_IF[ids_U])
 
+    @cached_property
     def whole(self) -> ItemBlock:
-        return ItemBlock(torch.arange(len(self.codes_IL)), self.codes_IL, self.side_IC, self.text_IF)
+        """All items: one block, whoever asks."""
+        return ItemBlock(torch.arange(len(self.codes_IL)), self.codes_IL, self.side_IC, self.text_IF, whole=True)
 
 
 @dataclass
@@ -56,7 +59,6 @@ class Collator:
     negatives: int = 0
     query_WF: Array | None = None
     older: int = 0
-    _block: ItemBlock | None = field(default=None, repr=False)
 
     def draw(self, *seed: int) -> Array | None:
         """Items drawn uniformly from the catalogue, the same wherever the same is seeded; None where none are wanted."""
@@ -113,8 +115,7 @@ class Collator:
 
     def _localise(self, *indices: Array) -> tuple[ItemBlock, tuple[Array, ...]]:
         if self.whole_catalogue:
-            self._block = self._block or self.features.whole()
-            return self._block, indices
+            return self.features.whole, indices
         used = np.unique(np.concatenate([*indices, [0]]))
         used = used[used >= 0]
         return self.features.block(_long(used)), tuple(np.where(i < 0, -1, np.searchsorted(used, i)) for i in indices)

@@ -25,7 +25,7 @@ from oxyray.generate.score import Normalise
 from oxyray.generate.steps import PolicySteps
 from oxyray.model.head import Tree
 from oxyray.model.layers import Tensor
-from oxyray.model.policy import Policy, Rows
+from oxyray.model.policy import Policy, Rows, Shelf
 from oxyray.sid.prefix import PrefixIndex
 
 Lookup = Callable[[dict[str, Tensor]], Rows]
@@ -70,10 +70,25 @@ class _Serving:
     items: np.ndarray  # those of each leaf in the order of the tie-break, from `offset[leaf]` on
     offset: np.ndarray
     pools: dict[str, Pool] = field(default_factory=dict)
+    whole_shelf: list[Shelf] = field(default_factory=list)  # of the whole catalogue, once a batch has asked for it
 
     @classmethod
     def of(cls, policy: Policy, index: PrefixIndex, order_I: np.ndarray) -> _Serving:
         return cls(policy, index, index.ranked_items(order_I), np.append(0, np.cumsum(index.leaf_count, dtype=np.int64)))
+
+    def wanted(self, batch: Batch) -> dict[str, Tensor]:
+        found = batch.lookups()
+        if batch.items.whole and self.whole_shelf:
+            del found["item"]
+        return found
+
+    @torch.no_grad()
+    def shelf(self, batch: Batch, rows: Rows) -> Shelf:
+        if batch.items.whole and self.whole_shelf:
+            return self.whole_shelf[0]
+        shelf = self.policy.shelf(batch, rows)
+        self.whole_shelf[:] = [shelf] if batch.items.whole else []
+        return shelf
 
     def below(self, leaf_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Items of these leaves in order, and the place in `leaf_N` that each belongs to."""
@@ -85,7 +100,7 @@ class _Serving:
 
 class Generator:
     """A policy, the rows of its tables and a catalogue's index, ready to answer requests. `order_I` is the tie-break: larger comes
-    first."""
+    first. The vectors of the whole catalogue, which a tied head needs, are computed once: `renew` when weights or rows change."""
 
     def __init__(
         self, policy: Policy, lookup: Lookup, index: PrefixIndex, order_I: np.ndarray, beams: int, normalise: Normalise = "children"
@@ -109,6 +124,18 @@ class Generator:
         policy = copy.copy(old.policy)
         policy._modules = policy._modules | {"tree": Tree(index).to(old.policy.tree.device)}
         self._serving = _Serving.of(policy, index, order_I)
+
+    def renew(self) -> None:
+        """To be called when the weights or the tables' rows have changed: what was kept of them is let go."""
+        self._serving.whole_shelf.clear()
+
+    def wanted(self, batch: Batch) -> dict[str, Tensor]:
+        """The rows that a batch needs looked up, by table: without those of items, where all are known."""
+        return self._serving.wanted(batch)
+
+    def shelf(self, batch: Batch, rows: Rows) -> Shelf:
+        """The vectors of the batch's items, for who computes more than `generate` on them."""
+        return self._serving.shelf(batch, rows)
 
     def pool(self, name: str, allowed_I: np.ndarray) -> Pool | None:
         """The named pool (bool, an entry for each item), kept until the catalogue is swapped; None where it is the whole catalogue."""
@@ -146,7 +173,7 @@ class Generator:
         serving = self._serving
         pools = _each(pool, batch.segments)
         legal = Legal(serving.policy.tree, pools, exclude)
-        with self._started(serving.policy, batch) as steps:
+        with self._started(serving, batch) as steps:
             beams = beam_search(steps, legal, self.beams, self.normalise, per_root)
         leaf_BK, logprob_BK = beams.leaf_BK.cpu().numpy(), beams.logprob_BK.float().cpu().numpy()
         item_BR = np.full((len(leaf_BK), items), -1, dtype=np.int64)
@@ -177,17 +204,18 @@ class Generator:
         generator: torch.Generator | None = None,
     ) -> Samples:
         """`samples` SIDs drawn for each request, with the log-probability of each of their tokens (see `oxyray.generate.sample`)."""
-        policy = self._serving.policy
-        legal = Legal(policy.tree, _each(pool, batch.segments), exclude)
-        with self._started(policy, batch) as steps:
+        serving = self._serving
+        legal = Legal(serving.policy.tree, _each(pool, batch.segments), exclude)
+        with self._started(serving, batch) as steps:
             return sample(steps, legal, samples, sampling, generator)
 
     @contextmanager
-    def _started(self, policy: Policy, batch: Batch) -> Iterator[PolicySteps]:
-        training = policy.training
+    def _started(self, serving: _Serving, batch: Batch) -> Iterator[PolicySteps]:
+        policy, training = serving.policy, serving.policy.training
         policy.eval()
         try:
-            yield PolicySteps(policy, batch, self.lookup(batch.lookups()))
+            rows = self.lookup(serving.wanted(batch))
+            yield PolicySteps(policy, batch, rows, serving.shelf(batch, rows))
         finally:
             policy.train(training)
 

@@ -15,7 +15,7 @@ import torch
 from oxyray.data.batch import Batch
 from oxyray.model.head import Tree
 from oxyray.model.layers import Tensor
-from oxyray.model.policy import Policy, Rows
+from oxyray.model.policy import Policy, Rows, Shelf
 from oxyray.model.repeats import Had
 
 
@@ -47,17 +47,18 @@ class Steps(Protocol):
 class PolicySteps:
     """The policy, started on a batch of requests (one query a segment)."""
 
-    def __init__(self, policy: Policy, batch: Batch, rows: Rows) -> None:
+    @torch.no_grad()
+    def __init__(self, policy: Policy, batch: Batch, rows: Rows, shelf: Shelf | None = None) -> None:
         self.policy, self.tree = policy, policy.tree
         with torch.profiler.record_function("generate/start"):
-            self._decoding = policy.start(batch, rows)
+            self.decoding = policy.start(batch, rows, shelf)
 
     @property
     def hidden_BKD(self) -> Tensor:
-        return self._decoding.hidden_BKD
+        return self.decoding.hidden_BKD
 
     def outputs(self, level: int) -> Outputs:
-        return Outputs(self._decoding.vectors[level], by_code=not self.policy.head.tied, had=self._decoding.had)
+        return Outputs(self.decoding.shelf.vectors[level], by_code=not self.policy.head.tied, had=self.decoding.had)
 
     def advance(self, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
-        self.policy.advance(self._decoding, level, node_BK, origin_BK)
+        self.policy.advance(self.decoding, level, node_BK, origin_BK)

@@ -9,8 +9,7 @@ batch, L levels, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,14 +17,15 @@ from torch.nn import functional as F
 
 from oxyray.config import ModelConfig
 from oxyray.data.batch import Batch, pad_index
-from oxyray.errors import CatalogueError, GenerationError
+from oxyray.errors import CatalogueError
 from oxyray.model.context import Context
 from oxyray.model.decoder import BeamState, Decoder, Memory
 from oxyray.model.encoder import Encoder
-from oxyray.model.head import Head, Tree, ragged_logsumexp, spread
+from oxyray.model.head import Head, Tree
 from oxyray.model.instruction import Instruction, Told, segments_of
 from oxyray.model.items import Clock, ItemEncoder, Vocab
 from oxyray.model.layers import Dropout, RMSNorm, Tensor
+from oxyray.model.likelihood import Legality, path_logprob
 from oxyray.model.losses import Children, LossOut, distilled_roots, item_nll
 from oxyray.model.repeats import Had, Repeats
 from oxyray.model.retrieval import Adapter, most_like, q2i
@@ -34,25 +34,29 @@ from oxyray.sid.prefix import PrefixIndex
 Rows = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Shelf:
+    """Vectors of the items that a batch can point at, and the head's vectors by level."""
+
+    item_UD: Tensor
+    vectors: list[Tensor]
+
+
 @dataclass
 class Decoding:
-    """A beam search in progress: what `Policy.advance` needs from step to step. `vectors` are the head's, by level."""
+    """A beam search in progress: what `Policy.advance` needs from step to step."""
 
     memory: Memory
     state_BD: Tensor
     states: list[BeamState]
-    vectors: list[Tensor]
+    shelf: Shelf
     hidden_BKD: Tensor
     item_query_BD: Tensor
-    item_UD: Tensor
     had: Had | None
 
-
-class Legality(Protocol):
-    """Which nodes a request may walk through: its pool, less what it must not get."""
-
-    def keep(self, level: int, request_P: Tensor, node_P: Tensor) -> Tensor | None:
-        """A bool for each pair of request and node; None: all may."""
+    def fork(self) -> Decoding:
+        """Another one that goes on from here."""
+        return replace(self, states=[replace(state, own=[*state.own]) for state in self.states])
 
 
 class Policy(nn.Module):
@@ -89,13 +93,13 @@ class Policy(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
         nn.init.eye_(self.state.weight)
 
-    def loss(self, batch: Batch, rows: Rows, together: bool = True) -> LossOut:
+    def loss(self, batch: Batch, rows: Rows, together: bool = True, shelf: Shelf | None = None) -> LossOut:
         """Weighted next-token loss of every query's target, plus Q2I (paper Eq. 3) and the item-level softmax: sums over queries. In
         training, with `together`, Q2I compares with the items of all processes, so all must call."""
-        item_UD = self.items(batch.items, rows["item"])
+        shelf = shelf or self.shelf(batch, rows)
+        item_UD, vectors, had = shelf.item_UD, shelf.vectors, self._had(batch)
         told = self._told(batch, item_UD)
         memory = self._memory(batch, rows, item_UD, told)
-        vectors, had = self.head.vectors(self.tree, item_UD), self._had(batch)
         codes_QL, item_Q = batch.items.codes_UL[batch.target_Q], batch.items.ids_U[batch.target_Q]
         prompt_QTD = self.instruction.prompt(told)
         tokens = [self._token(level, codes_QL[:, level])[:, None] for level in range(self.vocab.levels - 1)]
@@ -150,94 +154,40 @@ class Policy(nn.Module):
                 distilled_Q = distilled_Q + children.distilled(prob_QU, state_T, item_T, self.tree.path_IL[item_T, level])
         return {"ntp": nll_Q} if prob_QU is None else {"ntp": nll_Q, "distill": distilled_Q}
 
-    def logprob(self, batch: Batch, rows: Rows, path_BGL: Tensor, legal: Legality | None = None, temperature: float = 1.0) -> Tensor:
+    def logprob(
+        self,
+        batch: Batch,
+        rows: Rows,
+        path_BGL: Tensor,
+        legal: Legality | None = None,
+        temperature: float = 1.0,
+        shelf: Shelf | None = None,
+    ) -> Tensor:
         """Log-probability of every token of given SIDs, each over its prefix's legal children at `temperature`: (B, G, L), with gradient,
         without dropout in the decoder.
 
         `batch` has one query a segment; `path_BGL` are nodes of the index, -1 for an absent candidate (0 in the result). What a request's
-        candidates share (history, prompt, the first code's distribution) is computed once. Raises GenerationError for a candidate that is
-        not legal.
+        candidates share (history, prompt, prefixes) is computed once. Raises GenerationError for a candidate that is not legal.
         """
-        (requests, group, levels), real_BG = path_BGL.shape, path_BGL[..., -1] >= 0
-        node_BGL = path_BGL.clamp(min=0)
-        decoding = self._started(batch, rows)
-        found = [self._first_logprob(decoding, node_BGL[..., 0], real_BG, legal, temperature)]
-        request_M, real_M = torch.arange(requests, device=path_BGL.device).repeat_interleave(group), real_BG.flatten()
-        for level in range(1, levels):
-            self._advance(decoding, level - 1, node_BGL[..., level - 1], None)
-            hidden_MD, path_ML = decoding.hidden_BKD.flatten(0, 1), node_BGL.flatten(0, 1)
-            token_M = self._token_logprob(level, hidden_MD, decoding, path_ML, request_M, real_M, legal, temperature)
-            found.append(token_M.view(requests, group))
-        return torch.stack(found, dim=-1)
+        return path_logprob(self, self.start(batch, rows, shelf), path_BGL, legal, temperature)
 
-    def _first_logprob(self, decoding: Decoding, node_BG: Tensor, real_BG: Tensor, legal: Legality | None, temperature: float) -> Tensor:
-        """Of the first codes: (B, G). All requests score the same nodes."""
-        requests, nodes = len(node_BG), self.tree.nodes(0)
-        child_N = torch.arange(nodes, device=node_BG.device)
-        logit_BN = decoding.hidden_BKD[:, 0] @ decoding.vectors[0][self.head.rows(self.tree, 0, child_N)].T
-        if decoding.had is not None:
-            logit_BN = decoding.had.add_all(0, logit_BN)
-        logit_BN = logit_BN / temperature
-        if legal is not None:
-            request_P = torch.arange(requests, device=node_BG.device).repeat_interleave(nodes)
-            keep_P = legal.keep(0, request_P, child_N.repeat(requests))
-            if keep_P is not None:
-                keep_BN = keep_P.view(requests, nodes)
-                _refuse(real_BG & ~keep_BN.gather(1, node_BG), 0)
-                logit_BN = logit_BN.masked_fill(~keep_BN, -torch.inf)
-        token_BG = logit_BN.log_softmax(-1).gather(1, node_BG)
-        return torch.where(real_BG, token_BG, 0)
-
-    def _token_logprob(
-        self,
-        level: int,
-        hidden_MD: Tensor,
-        decoding: Decoding,
-        path_ML: Tensor,
-        request_M: Tensor,
-        real_M: Tensor,
-        legal: Legality | None,
-        temperature: float,
-    ) -> Tensor:
-        """Of the tokens of a later level: (M,)."""
-        first_M, count_M = self.tree.children_of(level - 1, path_ML[:, level - 1])
-        state_P, child_P = spread(first_M, torch.where(real_M, count_M, 0))
-        keep_P = None if legal is None else legal.keep(level, request_M[state_P], child_P)
-        if keep_P is not None:
-            state_P, child_P = state_P[keep_P], child_P[keep_P]
-        row_P = self.head.rows(self.tree, level, child_P)
-        logit_P = (hidden_MD[state_P] * decoding.vectors[level][row_P]).sum(-1)
-        if decoding.had is not None:
-            logit_P = decoding.had.add(level, request_M[state_P], child_P, logit_P)
-        logit_P = logit_P / temperature
-        mine_P = child_P == path_ML[state_P, level]
-        if int(mine_P.sum()) != int(real_M.sum()):
-            found_M = torch.zeros_like(real_M).index_put((state_P[mine_P],), real_M.new_ones(1))
-            _refuse((real_M & ~found_M).view(int(request_M[-1]) + 1, -1), level)
-        total_M = ragged_logsumexp(logit_P, state_P, len(hidden_MD))
-        state_H = state_P[mine_P]
-        return hidden_MD.new_zeros(len(hidden_MD)).index_put((state_H,), logit_P[mine_P] - total_M[state_H])
-
-    @torch.no_grad()
-    def start(self, batch: Batch, rows: Rows) -> Decoding:
-        """Encode requests (one query a segment) and run their prompt: `hidden_BKD` (K = 1) predicts the first code."""
-        return self._started(batch, rows)
-
-    @torch.no_grad()
-    def advance(self, decoding: Decoding, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
-        """Feed the chosen node of `level` to each beam; beams continue `origin_BK` of the step before (None: in the same order)."""
-        self._advance(decoding, level, node_BK, origin_BK)
-
-    def _started(self, batch: Batch, rows: Rows) -> Decoding:
+    def shelf(self, batch: Batch, rows: Rows) -> Shelf:
+        """The vectors of a batch's items. Where these are the whole catalogue (`batch.items.whole`), batches of the same weights and rows
+        may share one."""
         item_UD = self.items(batch.items, rows["item"])
-        told = self._told(batch, item_UD)
-        memory = self._memory(batch, rows, item_UD, told)
+        return Shelf(item_UD, self.head.vectors(self.tree, item_UD))
+
+    def start(self, batch: Batch, rows: Rows, shelf: Shelf | None = None) -> Decoding:
+        """Encode requests (one query a segment) and run their prompt: `hidden_BKD` (K = 1) predicts the first code."""
+        shelf = shelf or self.shelf(batch, rows)
+        told = self._told(batch, shelf.item_UD)
+        memory = self._memory(batch, rows, shelf.item_UD, told)
         state_BD, prompt_BTD = self._start(batch, memory, told), self.instruction.prompt(told)
         hidden_BD, states = self.decoder.start(prompt_BTD + state_BD[:, None], memory)
-        vectors, had = self.head.vectors(self.tree, item_UD), self._had(batch)
-        return Decoding(memory, state_BD, states, vectors, hidden_BD[:, None], self.item_query(hidden_BD), item_UD, had)
+        return Decoding(memory, state_BD, states, shelf, hidden_BD[:, None], self.item_query(hidden_BD), self._had(batch))
 
-    def _advance(self, decoding: Decoding, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
+    def advance(self, decoding: Decoding, level: int, node_BK: Tensor, origin_BK: Tensor | None) -> None:
+        """Feed the chosen node of `level` to each beam; beams continue `origin_BK` of the step before (None: in the same order)."""
         x_BKD = self._token(level, self.tree.code(level)[node_BK]) + decoding.state_BD[:, None]
         decoding.hidden_BKD = self.decoder.advance(x_BKD, decoding.states, decoding.memory, origin_BK)
 
@@ -310,12 +260,3 @@ class Policy(nn.Module):
         trigger. So what follows what is learned without a detour through attention: (Q, D).
         """
         return self.state(memory.memory_BSD[segments_of(batch), batch.visible_Q]) + self.instruction.carried(told)
-
-
-def _refuse(illegal_BG: Tensor, level: int) -> None:
-    """Raise GenerationError where a candidate is not legal at its level."""
-    if bool(illegal_BG.any()):
-        raise GenerationError(
-            f"candidate of request {int(illegal_BG.any(1).nonzero()[0])} is not legal at level {level + 1}: its item is not in the "
-            "request's pool"
-        )

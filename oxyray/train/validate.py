@@ -51,6 +51,7 @@ class Validation:
         """`valid_loss` (weighted mean), `valid_hit` and `valid_ndcg` of the top 10 items and `valid_hit1` of the first over the whole
         sample, the same on every rank. Collective. `policy` has whole weights: the engine's own, or under ZeRO-3 a copy."""
         generator = self._ready(policy)
+        generator.renew()
         training = policy.training
         policy.eval()
         sums = torch.zeros(5, dtype=torch.float64)
@@ -72,10 +73,10 @@ class Validation:
             engine.lookup({})
             return torch.zeros(5, dtype=torch.float64)
         batch = piece.batch.to(engine.device)
-        rows = engine.lookup(batch.lookups())
+        rows = engine.lookup(generator.wanted(batch))
         generator.lookup = lambda ids: rows
         torch.manual_seed(self.config.train.seed)
-        loss = generator.policy.loss(batch, rows).total
+        loss = generator.policy.loss(batch, rows, shelf=generator.shelf(batch, rows)).total
         pools = generator.pools_of(piece.batch.scenario_Q.numpy(), self.inputs.prepared.pools)
         found_RK = generator.generate(batch, TOP, pools).item_BR
         hit_RK = found_RK == piece.target_R[:, None]

@@ -107,7 +107,8 @@ def refusals(settings: dict[str, Any], folder: str) -> list[str]:
     config, align = from_dict(Config, settings["run"]), from_dict(AlignConfig, settings["align"])
     learner = Learner(config, align, Path(folder) / "tables", Path(folder) / "checkpoints", 0, 1)
     rollout = Rollout(config, align)
-    rollout.load(0, learner.publish(0), Path(folder) / "tables")
+    first = learner.publish(0)
+    rollout.load(0, first, Path(folder) / "tables")
     pieces = [rollout.generate(3, piece) for piece in range(2)]
     said = []
     try:
@@ -115,6 +116,9 @@ def refusals(settings: dict[str, Any], folder: str) -> list[str]:
     except TrainingError as error:
         said.append(str(error))
     weights = learner.publish(1)
+    known = rollout.generate(3, 0)  # all that it needs of the tables it has read already
+    assert known.version == 0 and np.array_equal(known.leaf_BG, pieces[0].leaf_BG)
+    rollout.load(0, first, Path(folder) / "tables")
     try:
         rollout.generate(0, 0)
     except GenerationError as error:

@@ -136,3 +136,33 @@ def test_a_swap_keeps_the_weights_and_renews_the_pools():
     assert all(a is b for a, b in zip(generator.policy.parameters(), toy.policy.parameters(), strict=True))
     with pytest.raises(CatalogueError, match="built for SIDs of 3 levels of 5 codes"):
         generator.swap(PrefixIndex.from_codes(toy.codes_IL, 6), np.zeros(60))
+
+
+def test_the_catalogue_is_computed_once_until_renewed_or_swapped():
+    toy, asked = Toy(items=60, width=6), []
+
+    def lookup(ids: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        asked.append(sorted(ids))
+        return toy.lookup(ids)
+
+    generator = Generator(toy.policy, lookup, toy.index, np.zeros(60), beams=8)
+    first, second = toy.request_batch(np.array([5])), toy.request_batch(np.array([20, 33]))
+    for batch in (first, second, second):
+        found, alone = generator.generate(batch, 8), made(toy).generate(batch, 8)
+        np.testing.assert_array_equal(found.item_BR, alone.item_BR)
+        np.testing.assert_array_equal(found.score_BR, alone.score_BR)
+    assert asked == [["item", "user"], ["user"], ["user"]]
+    toy.tables["item"].mul_(-1)
+    generator.renew()
+    np.testing.assert_array_equal(generator.generate(second, 8).score_BR, made(toy).generate(second, 8).score_BR)
+    generator.swap(PrefixIndex.from_codes(toy.codes_IL, 6), np.arange(60))
+    generator.generate(second, 8)
+    assert asked[3:] == [["item", "user"], ["item", "user"]]
+
+
+def test_a_head_of_codes_keeps_nothing():
+    toy = Toy(head="codes", items=60, width=6)
+    generator = made(toy)
+    generator.generate(toy.request_batch(np.array([5])), 8)
+    second = toy.request_batch(np.array([20, 33]))
+    np.testing.assert_array_equal(generator.generate(second, 8).score_BR, made(toy).generate(second, 8).score_BR)

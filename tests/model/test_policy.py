@@ -16,7 +16,7 @@ from tests.model.toys import Toy
 
 def node_vectors(toy: Toy, decoding: Decoding, level: int) -> torch.Tensor:
     """The output vector of every node of a level."""
-    vectors = decoding.vectors[level]
+    vectors = decoding.shelf.vectors[level]
     return vectors if toy.policy.head.tied else vectors[toy.index.code[level].astype(int)]
 
 
@@ -273,3 +273,49 @@ def test_a_candidate_outside_the_pool_is_refused() -> None:
     others = np.flatnonzero(toy.codes_IL[:, 0] != toy.codes_IL[2, 0])
     with pytest.raises(GenerationError, match="request 1 is not legal at level 1"):
         toy.policy.logprob(batch, toy.lookup(batch.lookups()), path_BGL, Allowed(toy, [items, others]))
+
+
+@pytest.mark.parametrize("head", ["tied", "codes"])
+def test_candidates_with_shared_prefixes_equal_each_candidate_alone_with_gradients(head: str) -> None:
+    toy = Toy(head=head, items=60, width=4, repeats=head == "tied")
+    batch = toy.request_batch(np.array([5, 20, 33, 40]))
+    rows = {name: row.requires_grad_() for name, row in toy.lookup(batch.lookups()).items()}
+    random = np.random.default_rng(1)
+    allowed = [np.arange(60), random.choice(60, 20, replace=False), random.choice(60, 3, replace=False), np.array([7])]
+    path_BGL = torch.stack([toy.policy.tree.path_IL[random.choice(items, 12)] for items in allowed])  # some twice
+    path_BGL[0, :5], path_BGL[2] = -1, -1
+    weight_BGL = torch.randn(4, 12, 3, dtype=torch.float64)
+    wanted = [*toy.policy.parameters(), *rows.values()]
+    together = toy.policy.logprob(batch, rows, path_BGL, Allowed(toy, allowed))
+    alone = torch.cat([toy.policy.logprob(batch, rows, path_BGL[:, g : g + 1], Allowed(toy, allowed)) for g in range(12)], dim=1)
+    torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
+    assert (together[3, :, 0] == 0).all(), "the pool of one item has one first code"
+    for a, b in zip(*(torch.autograd.grad((x * weight_BGL).sum(), wanted, allow_unused=True) for x in (together, alone)), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, atol=1e-10)
+
+
+@pytest.mark.parametrize("head", ["tied", "codes"])
+def test_every_parameter_of_the_tokens_takes_part_where_no_prefix_needs_computing(head: str) -> None:
+    """Else workers would disagree on which gradients there are."""
+    toy = Toy(head=head)
+    batch = toy.request_batch(np.array([5, 20]))
+    absent = toy.policy.logprob(batch, toy.lookup(batch.lookups()), torch.full((2, 3, 3), -1))
+    some = toy.policy.logprob(batch, toy.lookup(batch.lookups()), toy.policy.tree.path_IL[torch.tensor([[1, 2], [3, 4]])])
+    given = [torch.autograd.grad(x.sum(), [*toy.policy.parameters()], allow_unused=True) for x in (absent, some)]
+    assert [a is None for a in given[0]] == [b is None for b in given[1]]
+
+
+def test_a_shelf_of_the_whole_catalogue_serves_other_batches() -> None:
+    toy = Toy()
+    first, second = toy.request_batch(np.array([5, 20])), toy.request_batch(np.array([33, 40, 41]))
+    shelf = toy.policy.shelf(first, toy.lookup(first.lookups()))
+    rows = toy.lookup(second.lookups())
+    path_BGL = toy.policy.tree.path_IL[torch.tensor([[1, 2], [3, 4], [5, 6]])]
+    del rows["item"]
+    assert first.items is second.items
+    torch.testing.assert_close(
+        toy.policy.logprob(second, rows, path_BGL, shelf=shelf),
+        toy.policy.logprob(second, toy.lookup(second.lookups()), path_BGL), rtol=0, atol=0,
+    )  # fmt: skip
+    assert toy.policy.loss(second, rows, shelf=shelf).total == toy.policy.loss(second, toy.lookup(second.lookups())).total
