@@ -1,7 +1,8 @@
 """Scoring the children of the live beams, and nothing else.
 
 The children of M prefixes are a ragged set of pairs. Few of them: dot products at exactly those places of the (M, V) matrix, a sampled
-product in CSR form. Many, or probabilities over the whole vocabulary: the dense product, in slices that stay in the cache.
+product in CSR form. Many: the dense product, in slices. Probabilities over the whole vocabulary also need the log of its sum of
+exponentials: of the dense product in blocks that stay in the cache, which is never written out.
 
 Legend: M states (prefixes), P (state, child) pairs in the order of states, V rows of the output matrix, D width.
 """
@@ -25,6 +26,8 @@ Normalise = Literal["children", "vocabulary"]
 _PAIR_COST = 8
 # Numbers in a slice of the dense product: 4 MB of float32.
 _SLICE = 1 << 20
+# States and codes of a block of it, 1 MB of float32 (measured on a CPU; on a GPU a block is a slice).
+_BLOCK = (512, 512)
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -55,14 +58,10 @@ def logprobs(hidden_MD: Tensor, outputs: Outputs, tree: Tree, level: int, pairs:
     if normalise == "vocabulary" and not outputs.by_code:
         raise GenerationError("generate.normalise=vocabulary needs model.head=codes: the tied head scores children only")
     row_P = tree.code_of(level, pairs.child_P) if outputs.by_code else pairs.child_P
+    product = _dense if len(row_P) * _PAIR_COST > len(hidden_MD) * len(outputs.vector_nD) else _sampled
+    logit_P = product(hidden_MD, outputs.vector_nD, pairs, row_P)
     if normalise == "vocabulary":
-        hidden_MD = hidden_MD if temperature == 1 else hidden_MD / temperature
-        logit_P, total_M = _dense(hidden_MD, outputs.vector_nD, pairs, row_P, True)
-        return logit_P - total_M[pairs.state_P]
-    if len(row_P) * _PAIR_COST > len(hidden_MD) * len(outputs.vector_nD):
-        logit_P, _ = _dense(hidden_MD, outputs.vector_nD, pairs, row_P, False)
-    else:
-        logit_P = _sampled(hidden_MD, outputs.vector_nD, pairs, row_P)
+        return logit_P / temperature - log_total(hidden_MD / temperature, outputs.vector_nD)[pairs.state_P]
     if outputs.had is not None:
         request_P = pairs.state_P // (pairs.states // len(outputs.had.scenario_Q))
         logit_P = outputs.had.add(level, request_P, pairs.child_P, logit_P)
@@ -78,17 +77,31 @@ def _sampled(hidden_MD: Tensor, vector_VD: Tensor, pairs: Pairs, row_P: Tensor) 
     return torch.sparse.sampled_addmm(places, hidden_MD, vector_VD.T, beta=0.0).values()
 
 
-def _dense(hidden_MD: Tensor, vector_VD: Tensor, pairs: Pairs, row_P: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
-    """Logits of the pairs, (P,), and (`whole`) the log of the sum of exponentials over all V, (M,)."""
+def _dense(hidden_MD: Tensor, vector_VD: Tensor, pairs: Pairs, row_P: Tensor) -> Tensor:
+    """The same by the whole product."""
     states, width = len(hidden_MD), len(vector_VD)
-    logit_P, total_M = hidden_MD.new_empty(len(row_P)), hidden_MD.new_empty(states)
+    logit_P = hidden_MD.new_empty(len(row_P))
     rows = min(max(1, _SLICE // width), states)
     buffer = hidden_MD.new_empty(rows, width)
     bounds = torch.searchsorted(pairs.state_P, torch.arange(0, states + rows, rows, device=row_P.device)).tolist()
     for first, start, stop in zip(range(0, states, rows), bounds, bounds[1:], strict=False):
         logit_RV = torch.mm(hidden_MD[first : first + rows], vector_VD.T, out=buffer[: min(rows, states - first)])
         logit_P[start:stop] = logit_RV[pairs.state_P[start:stop] - first, row_P[start:stop]]
-        if whole:
-            top_R = logit_RV.amax(-1)
-            total_M[first : first + rows] = logit_RV.sub_(top_R[:, None]).exp_().sum(-1).log_().add_(top_R)
-    return logit_P, total_M
+    return logit_P
+
+
+def log_total(hidden_MD: Tensor, vector_VD: Tensor) -> Tensor:
+    """Log of the sum of the exponentials of all logits of each state: (M,)."""
+    rows, codes = _BLOCK if hidden_MD.is_cpu else (max(1, _SLICE // len(vector_VD)), len(vector_VD))
+    total_M = hidden_MD.new_empty(len(hidden_MD))
+    for first in range(0, len(hidden_MD), rows):
+        hidden_RD = hidden_MD[first : first + rows]
+        buffer = hidden_MD.new_empty(len(hidden_RD), min(codes, len(vector_VD)))
+        top_R, sum_R = hidden_MD.new_full((len(hidden_RD),), -torch.inf), hidden_MD.new_zeros(len(hidden_RD))
+        for vector_CD in vector_VD.split(codes):
+            logit_RC = torch.mm(hidden_RD, vector_CD.T, out=buffer[:, : len(vector_CD)])
+            higher_R = torch.maximum(top_R, logit_RC.amax(-1))
+            sum_R = sum_R * (top_R - higher_R).exp_() + logit_RC.sub_(higher_R[:, None]).exp_().sum(-1)
+            top_R = higher_R
+        total_M[first : first + rows] = sum_R.log_().add_(top_R)
+    return total_M

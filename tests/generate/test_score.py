@@ -18,6 +18,7 @@ from oxyray.sid.prefix import PrefixIndex
 def test_children_are_scored_as_the_dense_softmax_says(monkeypatch, cost, slices, by_code, normalise, temperature):
     monkeypatch.setattr(score, "_PAIR_COST", cost)
     monkeypatch.setattr(score, "_SLICE", slices)
+    monkeypatch.setattr(score, "_BLOCK", (1 + slices // 8, 1 + slices // 13))
     random = np.random.default_rng(0)
     tree = Tree(PrefixIndex.from_codes(random.integers(0, 9, (60, 2)), 9))
     node_M = torch.from_numpy(random.integers(0, tree.nodes(0), 17))
@@ -33,3 +34,9 @@ def test_children_are_scored_as_the_dense_softmax_says(monkeypatch, cost, slices
         over = logit[state, children] if normalise == "children" else hidden_MD[state] @ vector_nD.T / temperature
         want = logit[state, children] - torch.logsumexp(over, 0)
         torch.testing.assert_close(found[pairs.state_P == state], want)
+
+
+def test_the_log_of_the_total_does_not_overflow_where_later_codes_are_far_more_likely(monkeypatch):
+    monkeypatch.setattr(score, "_BLOCK", (2, 3))
+    hidden_MD, vector_VD = torch.tensor([[1.0], [-1.0], [0.0]]), torch.linspace(-500, 500, 11)[:, None]
+    torch.testing.assert_close(score.log_total(hidden_MD, vector_VD), torch.logsumexp(hidden_MD @ vector_VD.T, 1))
