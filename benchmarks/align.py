@@ -9,7 +9,8 @@ The last is one process with one thread. In every turn a step is done for real: 
 of candidates, for as many requests with pasts as long, is generated from a T5 of the policy's width, layers and catalogue: by our search
 and by Hugging Face's `generate`. A step by one of these ways is the real step's publication, judging and learning with that way's
 generation; the encoder, and the candidates' log-probabilities for the learner, are left out of all of them alike. It is done for the size
-of the runs above, and for large beams.
+of the runs above, for large beams there, and for large beams at the paper's density of codes: a random shop of 200,000 items and 8,192
+codes a level, users of 200 events, a policy of width 256 and 4 + 4 layers.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import random_shop
 from benchmarks.harness import Cell, Report, arguments
 from benchmarks.pretrain import run as spawned
 from oxyray.align.stage import align
@@ -49,6 +51,10 @@ QUICK = ("data.mall.size=tiny", "model=tiny", "sid.iterations=5", "train.max_ste
 FULL = ("data.mall.size=small", "train.max_steps=10", "rank.max_steps=10", "align.steps=16", "align.requests_per_step=64",
         "align.pieces=4", "align.group=16", "align.supervised_targets=128")  # fmt: skip
 WIDE: dict[str, Any] = {"requests_per_step": 16, "group": 256}  # large beams, as the paper's
+PAPER = ("model=medium", "model.head=codes", "model.hidden=1024", "model.history=200", "model.text_input=false", "train.max_steps=2",
+         "train.targets_per_step=128", "rank.model.text_input=false", "rank.max_steps=2", "rank.items_per_step=500", "sid.iterations=3",
+         "align.requests_per_step=16", "align.pieces=4", "align.group=256", "align.supervised_targets=128")  # fmt: skip
+QUICK_PAPER = (*PAPER, "model=tiny", "model.hidden=64", "model.history=20", "align.requests_per_step=4", "align.group=16")
 WIDE_QUICK: dict[str, Any] = {"requests_per_step": 4, "group": 16}
 
 
@@ -65,14 +71,25 @@ def main() -> None:
                 run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "fuse", "sid", "pretrain", "rank")])
             print("policy and ranker are there", flush=True)
             found = in_turns(config, rounds, workers)
+            paper = paper_like(Path(folder), quick)
         where_the_time_goes(report, found[SYNCHRONOUS])
         one_step_off(report, found)
         more_workers(report, found, config.align.requests_per_step, workers)
-        wide = dataclasses.replace(config.align, **(WIDE_QUICK if quick else WIDE))
-        for settings, turns in ((config.align, 8), (wide, 4)):
-            [steps] = spawned(1, 1, parts_of_steps, to_dict(dataclasses.replace(config, align=settings)), folder, 2 if quick else turns)
-            beside_hugging_face(report, steps, settings)
+        wide = dataclasses.replace(config, align=dataclasses.replace(config.align, **(WIDE_QUICK if quick else WIDE)))
+        for title, sized, turns in (("", config, 8), ("", wide, 4), (", the paper's codes", paper, 2)):
+            [steps] = spawned(1, 1, parts_of_steps, to_dict(sized), folder, 2 if quick else turns)
+            beside_hugging_face(report, steps, sized.align, title)
     report.finish(quick)
+
+
+def paper_like(folder: Path, quick: bool) -> Config:
+    """A random shop of the paper's density, with a policy and a ranker of a few steps."""
+    items, codes, users, events = (2_000, 32, 60, 20) if quick else (200_000, 8192, 300, 220)
+    words = random_shop.write(folder / "random", items, codes, users, events, SEED)
+    config = compose_config(check([*words, f"run_dir={folder}/paper", f"seed={SEED}", *SHORT, *(QUICK_PAPER if quick else PAPER)]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "fuse", "sid", "pretrain", "rank")])
+    return config
 
 
 def in_turns(config: Config, rounds: int, workers: tuple[int, ...]) -> dict[str, Lines]:
@@ -221,7 +238,7 @@ class Peers:
         return torch.randn(*visible_BS.shape, self.model.width, generator=torch.Generator().manual_seed(SEED)), visible_BS
 
 
-def beside_hugging_face(report: Report, seconds: dict[str, list[float]], settings: AlignConfig) -> None:
+def beside_hugging_face(report: Report, seconds: dict[str, list[float]], settings: AlignConfig, about: str) -> None:
     """Each turn's step by each way: its other parts, and that way's generation."""
     others = [sum(parts) for parts in zip(*(seconds[name] for name in ("publish", "judge", "learn")), strict=True)]
     ways = [name for name in seconds if name not in ("publish", "judge", "learn")]
@@ -234,7 +251,7 @@ def beside_hugging_face(report: Report, seconds: dict[str, list[float]], setting
         for name in ways
     ]  # fmt: skip
     columns = ["candidates from", "generation, ms", f"against {ours}", "the step, ms", f"against {ours}"]
-    size = f"{settings.requests_per_step} requests × {settings.group} candidates"
+    size = f"{settings.requests_per_step} requests × {settings.group} candidates{about}"
     report.table(f"A step of {size} in one process, by who generates (medians of {len(others)} steps)", columns, rows)
     for kind in ("vectorised mask", "prefix function"):
         title = f"a step of {size} with HF's draws by a {kind} against one with ours: time"
