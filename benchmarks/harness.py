@@ -102,6 +102,15 @@ def arguments(about: str) -> argparse.ArgumentParser:
     return parser
 
 
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, over seeds."""
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    wide = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean:.4f} ± {wide:.4f}" if wide else f"{mean:.4g}"
+
+
 def text(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """A plain table: the first column to the left, numbers to the right."""
     cells = [[_shown(cell) for cell in row] for row in rows]

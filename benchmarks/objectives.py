@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Cell, Report, arguments
+from benchmarks.harness import Cell, Report, arguments, spread
 from oxyray.cli.compose import check, compose_config
 from oxyray.cluster.start import one_ray
 from oxyray.config import Config, to_dict
@@ -119,14 +119,6 @@ def show(report: Report, found: dict[str, list[Figures]], part: str) -> None:
     for other in found if part in RIVALS else ():
         if other not in (START, ours):
             report.claim(f"HR@10 of {ours} beside {other}", mean(ours, "HR@10") / mean(other, "HR@10"), 1.0, "ratio")
-
-
-def spread(values: list[float]) -> str:
-    if not values:
-        return "–"
-    mean = statistics.fmean(values)
-    wide = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean:.4f} ± {wide:.4f}" if wide else f"{mean:.4g}"
 
 
 def slug(title: str) -> str:
