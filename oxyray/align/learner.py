@@ -56,7 +56,7 @@ class Learner:
         run = Run(config.run_dir)
         self.inputs = Inputs.load(run)
         self.requests = Requests(self.inputs, config, settings)
-        model = config.model.calm
+        model = config.model
         start, tables = read_model(run.need("pretrain", "model", stage="pretrain"), self.inputs)
         policy = self.inputs.policy(model)
         policy.load_state_dict(start.state_dict())
@@ -164,6 +164,7 @@ class Learner:
             target_reward_B=torch.from_numpy(judged.target_reward_B),
             reference_BJL=None if rolled.reference_BJL is None else torch.from_numpy(rolled.reference_BJL),
             supervised=supervised,
+            seed=hash((self.settings.seed, rolled.step, rolled.piece)) % 2**63,
         )
 
     def _stream(self) -> Any:

@@ -29,7 +29,7 @@ class Lesson:
     """B requests (one query a segment), their candidates as nodes of the prefix index (-1: none) with the log-probabilities under which
     they were generated, and what they were worth. `target_path_BL` and `target_behaviour_BL` are those of the items really taken;
     `target_reward_B`, their reward, is NaN for synthetic requests. `reference_BJL` are log-probabilities of candidates and target by a
-    reference policy. `supervised` is any training batch, None to learn from rewards alone."""
+    reference policy. `supervised` is any training batch, None to learn from rewards alone; `seed` draws what it drops."""
 
     requests: Batch
     legal: Legal
@@ -41,6 +41,7 @@ class Lesson:
     target_reward_B: Tensor
     reference_BJL: Tensor | None = None
     supervised: Batch | None = None
+    seed: int = 0
 
     def lookups(self) -> dict[str, Tensor]:
         """The rows of both batches behind each other; once, where both hold the whole catalogue."""
@@ -76,7 +77,11 @@ class Lesson:
 
 
 class AlignedPolicy(nn.Module):
-    """`loss(lesson, rows)`: sums over requests, for the engine to divide by `lesson.weight()` over all learners."""
+    """`loss(lesson, rows)`: sums over requests, for the engine to divide by `lesson.weight()` over all learners.
+
+    Nothing is dropped where candidates are concerned, as the rollout drops nothing either. The supervised loss drops what pre-training
+    does: without that it learns by heart what it has seen before.
+    """
 
     def __init__(self, policy: Policy, objective: ObjectiveConfig, supervised_rate: float, temperature: float) -> None:
         super().__init__()
@@ -85,10 +90,13 @@ class AlignedPolicy(nn.Module):
 
     def loss(self, lesson: Lesson, rows: Rows) -> LossOut:
         asked, more = lesson.rows(rows)
+        training = self.policy.training
+        self.policy.eval()
         counts = lesson.weight()
         path_BJL = torch.cat([lesson.path_BGL, lesson.target_path_BL[:, None]], dim=1)
         shelf = self.policy.shelf(lesson.requests, asked)
         logprob_BJL = self.policy.logprob(lesson.requests, asked, path_BJL, lesson.legal, self.temperature, shelf)
+        self.policy.train(training)
         found = self._from_rewards(lesson, logprob_BJL)
         total = found.total * (counts / found.weight.clamp(min=1))
         parts = {"policy": total.detach(), **{name: value * counts for name, value in _told(found).items()}}
@@ -97,7 +105,8 @@ class AlignedPolicy(nn.Module):
             gap_BGL = (logprob_BJL[:, :-1] - lesson.behaviour_BGL).abs()
             parts["drift"] = gap_BGL[real_BG].mean() * counts if bool(real_BG.any()) else total.new_zeros(())
         if lesson.supervised is not None and self.supervised_rate:
-            # A piece is compared with itself, so that what is learned does not depend on how many learners share the pieces.
+            # A piece has its own draws and is compared with itself: what is learned does not depend on how many learners share the pieces.
+            torch.manual_seed(lesson.seed)
             supervised = self.policy.loss(lesson.supervised, more, together=False, shelf=shelf if lesson.shelf_shared else None)
             scale = counts / max(lesson.supervised.weight(), 1e-12)
             total = total + self.supervised_rate * scale * supervised.total

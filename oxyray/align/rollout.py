@@ -68,7 +68,7 @@ class Rollout:
     def __init__(self, config: Config, settings: AlignConfig) -> None:
         self.settings = settings
         self.inputs = Inputs.load(Run(config.run_dir))
-        self.policy = self.inputs.policy(config.model.calm).eval()
+        self.policy = self.inputs.policy(config.model).eval()
         self.requests = Requests(self.inputs, config, settings)
         self.pools = Pools(self.inputs, self.policy.tree)
         folder = Run(config.run_dir).path("pretrain", "model")

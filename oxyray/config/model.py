@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from oxyray.config.plain import need
@@ -149,11 +149,6 @@ class ModelConfig:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
-
-    @property
-    def calm(self) -> ModelConfig:
-        """Without anything random in training: what drops activations or texts would tear trainer and rollout apart."""
-        return replace(self, dropout=0.0, instruction=replace(self.instruction, dropout=0.0))
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "encoder_layers", "decoder_layers", "hidden", "history", "row_dim"):

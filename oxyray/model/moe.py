@@ -38,7 +38,7 @@ class MixtureOfExperts(nn.Module):
         expert_n = expert_Tk.flatten()
         order_n = expert_n.argsort(stable=True)
         count_E = torch.bincount(expert_n, minlength=len(self.up))
-        if self.training:
+        if torch.is_grad_enabled():  # also where alignment learns from candidates, with nothing dropped
             self.get_buffer("load_E").add_(count_E)
         token_n = order_n.div(self.active, rounding_mode="floor")
         inner_nH = F.silu(grouped(x_TD[token_n], self.up, count_E))

@@ -80,6 +80,22 @@ def test_the_two_losses_add_up_and_each_gets_its_own_rows(head: str) -> None:
     assert both.total.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
+def test_only_the_supervised_loss_drops_and_its_seed_decides_what() -> None:
+    toy = Toy(dropout=0.4)
+    made, rows = lesson(toy, np.arange(4, 60, 5))
+    toy.policy.train()
+
+    def told(seed: int) -> dict[str, float]:
+        out = AlignedPolicy(toy.policy, ObjectiveConfig(), 0.5, TEMPERATURE).loss(dataclasses.replace(made, seed=seed), rows)
+        return {name: value.item() for name, value in out.parts.items()}
+
+    first, again, other = told(1), told(1), told(2)
+    assert toy.policy.training
+    assert first == again
+    assert first["drift"] < 1e-9 * made.weight()
+    assert {name for name in first if first[name] != other[name]} == {"supervised/ntp", "supervised/item"}
+
+
 def test_requests_without_weight_teach_nothing() -> None:
     toy = Toy()
     made, rows = lesson(toy, np.arange(4, 60, 5), supervised=False)

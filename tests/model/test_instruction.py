@@ -101,7 +101,6 @@ def test_texts_are_hidden_in_training_alone() -> None:
     hidden_Q = (trained == silent).all(-1).all(-1)
     assert hidden_Q.float().mean() > 0.8
     assert (trained[~hidden_Q] == served[~hidden_Q]).all()
-    assert toy.config.calm.instruction.dropout == 0
 
 
 def sides(count: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
