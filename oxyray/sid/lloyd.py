@@ -5,9 +5,8 @@ each shard's sums and counts back. Vectors are brought to a grid of 24 bits, so 
 the same seed gives the same centroids on any number of workers, and a sum is kept up by the few vectors that changed their code. Which
 centroid is nearest is faiss's business, block by block.
 
-A bound on the load works by prices: each code's price is added to its squared distances, and rises while the code is too full; and codes
-that are nearly empty go where too many vectors share one. What is still too much in the end goes, farthest first, to the next nearest code
-with room.
+A code without vectors goes to stand beside the fullest, round after round. For a bound on the load so do codes that are nearly empty, until
+crowds have the codes that they need; what is still too much in the end goes, farthest first, to the next nearest code with room.
 
 Legend: N vectors of a shard or a block, F dimensions, V codes, H vectors without a code.
 """
@@ -29,7 +28,7 @@ Array = np.ndarray
 
 BLOCK = 16_384  # rows; the same whatever the workers
 _TIMEOUT_S = 900.0
-_STEP = 0.1  # of prices, in mean squared distances
+_FULL, _EMPTY = 1.3, 0.8  # of the mean load: a code above the one is split, at the cost of one below the other
 
 
 class Shard:
@@ -65,25 +64,24 @@ class Shard:
             np.rint(left_NF, out=left_NF)
             left_NF *= np.float32(step)
 
-    def sums(self, centroids_VF: Array, price_V: Array, errors: bool) -> tuple[Array, Array, Array]:
-        """Of each code's vectors: their sum (V, F) float64, exact; their number (V,); with `errors` the sum of their squared distances in
-        the grid's units, as whole numbers."""
+    def sums(self, centroids_VF: Array) -> tuple[Array, Array, Array]:
+        """Of each code's vectors: their sum (V, F) float64, exact; their number (V,); the sum of their squared distances in the grid's
+        units, as whole numbers."""
         if self._sum_VF is None:
             self._sum_VF = np.zeros(centroids_VF.shape)
         count_V, error_V = np.zeros(len(centroids_VF), dtype=np.int64), np.zeros(len(centroids_VF))
-        nearest = Nearest(centroids_VF, price_V)
+        nearest = Nearest(centroids_VF)
         for place, vectors_NF in ((place, block) for place, block in enumerate(self.trained) if len(block)):
             code_N, distance_N = nearest(vectors_NF)
             self._sum_VF += change(len(centroids_VF), vectors_NF, self._summed.get(place), code_N)
             self._summed[place] = code_N
             count_V += np.bincount(code_N, minlength=len(centroids_VF))
-            if errors:
-                error_V += np.bincount(code_N, weights=np.rint(distance_N / self.step), minlength=len(centroids_VF))
+            error_V += np.bincount(code_N, weights=np.rint(distance_N / self.step), minlength=len(centroids_VF))
         return self._sum_VF, count_V, error_V
 
-    def assign(self, centroids_VF: Array, price_V: Array) -> Array:
+    def assign(self, centroids_VF: Array) -> Array:
         """Give every vector its code; how many each code has."""
-        nearest = Nearest(centroids_VF, price_V)
+        nearest = Nearest(centroids_VF)
         found = [nearest(left_NF) for left_NF in self.left]
         self.codes, self.distances = [codes for codes, _ in found], [distances for _, distances in found]
         return np.bincount(np.concatenate([*self.codes, np.zeros(0, dtype=np.int64)]).astype(np.int64), minlength=len(centroids_VF))
@@ -147,22 +145,17 @@ def change(width: int, vectors_NF: Array, before_N: Array | None, after_N: Array
 
 
 class Nearest:
-    """The code of the least squared distance plus price, and that distance without the price."""
+    """The code of the least squared distance, and that distance."""
 
-    def __init__(self, centroids_VF: Array, price_V: Array) -> None:
+    def __init__(self, centroids_VF: Array) -> None:
         import faiss
 
-        self.price_V = price_V.astype(np.float32) if price_V.any() else None
-        held = centroids_VF if self.price_V is None else np.concatenate([centroids_VF, np.sqrt(self.price_V)[:, None]], axis=1)
-        self.index = faiss.IndexFlatL2(held.shape[1])
-        self.index.add(np.ascontiguousarray(held, dtype=np.float32))
+        self.index = faiss.IndexFlatL2(centroids_VF.shape[1])
+        self.index.add(np.ascontiguousarray(centroids_VF, dtype=np.float32))
 
     def __call__(self, vectors_NF: Array) -> tuple[Array, Array]:
-        if self.price_V is not None:
-            vectors_NF = np.concatenate([vectors_NF, np.zeros((len(vectors_NF), 1), dtype=np.float32)], axis=1)
         distance_N1, code_N1 = self.index.search(np.ascontiguousarray(vectors_NF), 1)
-        code_N = code_N1[:, 0].astype(np.int32)
-        return code_N, np.maximum(distance_N1[:, 0] - (0 if self.price_V is None else self.price_V[code_N]), 0)
+        return code_N1[:, 0].astype(np.int32), np.maximum(distance_N1[:, 0], 0)
 
 
 class Shards:
@@ -199,44 +192,35 @@ def shards(vectors_NF: Array, workers: int = 1, cluster: ClusterConfig | None = 
                 ray.kill(actor)
 
 
-def lloyd(held: Shards, centroids_VF: Array, iterations: int, step: float, most: float | None = None) -> tuple[Array, Array]:
-    """Centroids (V, F) and prices (V,) after so many rounds on the vectors in training. A code without vectors keeps its place. With
-    `most` (largest load over the mean) prices push loads towards it. `step` is the grid's."""
-    price_V = np.zeros(len(centroids_VF))
+def lloyd(held: Shards, centroids_VF: Array, iterations: int, step: float, alike: float, even: bool) -> Array:
+    """Centroids (V, F) after so many rounds on the vectors in training. Codes without vectors are moved in all rounds but the last two;
+    with `even` loads are evened out in the first half. A code whose vectors lie within the mean squared distance `alike` is not split.
+    `step` is the grid's."""
     for turn in range(iterations):
-        parts = held.ask("sums", centroids_VF, price_V, most is not None)
+        parts = held.ask("sums", centroids_VF)
         sum_VF, count_V, error_V = (np.sum([part[place] for part in parts], axis=0) for place in range(3))
         mean_VF = sum_VF / np.maximum(count_V, 1)[:, None]
         centroids_VF = np.where((count_V > 0)[:, None], mean_VF, centroids_VF).astype(np.float32)
-        if most is not None:
-            price_V = raised(price_V, count_V, error_V * step)
-            if turn < iterations // 2:
-                centroids_VF, price_V = split(centroids_VF, price_V, count_V)
-    return centroids_VF, price_V
+        if turn < iterations - 2:
+            centroids_VF = split(centroids_VF, count_V, error_V * step > alike * count_V, even and turn < iterations // 2)
+    return centroids_VF
 
 
-def split(centroids_VF: Array, price_V: Array, count_V: Array) -> tuple[Array, Array]:
-    """The emptiest codes come to stand beside the fullest, whose vectors they will share, as long as that evens out: a crowd that lies by
-    itself gets the codes that it needs."""
+def split(centroids_VF: Array, count_V: Array, apart_V: Array, even: bool) -> Array:
+    """Codes without vectors come to stand beside the fullest whose vectors lie apart; with `even` the emptiest do, as long as that evens
+    out: a crowd gets the codes that it needs."""
     load_V, mean = count_V.astype(np.float64), float(count_V.mean())
-    centroids_VF, price_V = centroids_VF.copy(), price_V.copy()
-    for empty in np.argsort(load_V, kind="stable")[: len(load_V) // 4]:
-        full = int(load_V.argmax())
-        if load_V[full] < 1.6 * mean or load_V[empty] > 0.6 * mean:
+    centroids_VF = centroids_VF.copy()
+    for empty in np.argsort(load_V, kind="stable")[: len(load_V) // 2]:
+        full = int(np.where(apart_V, load_V, 0).argmax())
+        uneven = even and load_V[full] >= _FULL * mean and load_V[empty] <= _EMPTY * mean
+        if not apart_V[full] or (load_V[empty] and not uneven):
             break
         load_V[full] = load_V[empty] = load_V[full] / 2
+        apart_V = apart_V | (np.arange(len(load_V)) == empty)
         centroids_VF[empty] = centroids_VF[full] * np.float32(1 + 2**-10)
         centroids_VF[full] *= np.float32(1 - 2**-10)
-        price_V[empty] = price_V[full] = 0
-    return centroids_VF, price_V
-
-
-def raised(price_V: Array, count_V: Array, error_V: Array) -> Array:
-    """Prices after a round in which the codes had so many vectors, with so much squared distance in all: up where they were more than the
-    mean, down where fewer, in steps of what a distance is there."""
-    scale_V = np.where(count_V > 0, error_V / np.maximum(count_V, 1), error_V.sum() / max(count_V.sum(), 1))
-    moved_V = price_V + _STEP * scale_V * np.log(np.maximum(count_V, 0.5) / count_V.mean()).clip(-1, 1)
-    return moved_V - moved_V.min()
+    return centroids_VF
 
 
 def within(held: Shards, centroids_VF: Array, count_V: Array, most: float) -> Array:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +32,9 @@ _RESEED_ITERATIONS = 4
 
 @dataclass(frozen=True, eq=False)
 class RQKMeans:
-    """The codebook: `centroids_LVF` float32. A vector's reconstruction is the sum of its codes' centroids. `price_LV` is added to squared
-    distances where loads were balanced, else None."""
+    """The codebook: `centroids_LVF` float32. A vector's reconstruction is the sum of its codes' centroids."""
 
     centroids_LVF: Array
-    price_LV: Array | None = None
 
     @property
     def levels(self) -> int:
@@ -48,8 +45,8 @@ class RQKMeans:
         return int(self.centroids_LVF.shape[1])
 
     def assign(self, vectors_NF: Array) -> Array:
-        """Codes (N, L) int32 of vectors, each level the nearest centroid to the residual, prices counted in. Raises CatalogueError on
-        another dimension or NaN."""
+        """Codes (N, L) int32 of vectors, each level the nearest centroid to the residual. Raises CatalogueError on another
+        dimension or NaN."""
         residual_NF = _checked(vectors_NF).copy()
         if residual_NF.shape[1] != self.centroids_LVF.shape[2]:
             raise CatalogueError(
@@ -58,8 +55,7 @@ class RQKMeans:
             )
         codes_NL = np.empty((len(residual_NF), self.levels), dtype=np.int32)
         for level in range(self.levels):
-            price_V = np.zeros(self.width) if self.price_LV is None else self.price_LV[level]
-            codes_NL[:, level], _ = Nearest(self.centroids_LVF[level], price_V)(residual_NF)
+            codes_NL[:, level], _ = Nearest(self.centroids_LVF[level])(residual_NF)
             residual_NF -= self.centroids_LVF[level][codes_NL[:, level]]
         return codes_NL
 
@@ -77,13 +73,12 @@ class RQKMeans:
 
     def save(self, path: Path) -> None:
         with whole(Path(path)) as part, open(part, "wb") as file:
-            np.savez(file, centroids_LVF=self.centroids_LVF, **({} if self.price_LV is None else {"price_LV": self.price_LV}))  # type: ignore[arg-type]
+            np.savez(file, centroids_LVF=self.centroids_LVF)
 
     @classmethod
     def load(cls, path: Path) -> RQKMeans:
         """Raises CatalogueError when the file is absent, damaged, or holds something else than finite centroids (L, V, F)."""
-        held = read_arrays(path, ["centroids_LVF"], ["price_LV"])
-        centroids_LVF, price_LV = held["centroids_LVF"], held.get("price_LV")
+        centroids_LVF = read_arrays(path, ["centroids_LVF"])["centroids_LVF"]
         if (
             centroids_LVF.ndim != 3
             or centroids_LVF.dtype != np.float32
@@ -91,9 +86,7 @@ class RQKMeans:
             or not np.isfinite(centroids_LVF).all()
         ):
             raise CatalogueError(f"{path}: not finite float32 centroids (levels, codes, dimensions): run `oxyray sid` again")
-        if price_LV is not None and (price_LV.shape != centroids_LVF.shape[:2] or not (price_LV >= 0).all()):
-            raise CatalogueError(f"{path}: its prices do not fit its centroids: run `oxyray sid` again")
-        return cls(centroids_LVF, price_LV)
+        return cls(centroids_LVF)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,36 +130,33 @@ def fit(
             f"{len(zero)} vectors are all zeros, the first in row {zero[0]}: such an item has nothing to be told apart by; give it a text"
         )
     codes_NL = np.empty((len(vectors_NF), levels), dtype=np.int32)
-    centroids, prices, unused, left = [], [], [], []
+    centroids, unused, left = [], [], []
     variance = _mean_square(vectors_NF - vectors_NF.mean(axis=0))
     progress = bar(levels, "RQ-KMeans", "level")
     with shards(vectors_NF, workers, cluster) as held:
         for level in range(levels):
-            centroids_VF, price_V, count_V = _level(held, len(vectors_NF), width, iterations, seed + level, balance)
+            centroids_VF, count_V = _level(held, len(vectors_NF), width, iterations, seed + level, balance)
             for first, code_N in (block for part in held.ask("subtract", centroids_VF) for block in part):
                 codes_NL[first : first + len(code_N), level] = code_N
             centroids.append(centroids_VF)
-            prices.append(price_V)
             unused.append(int((count_V == 0).sum()))
             left.append(squares(held)[0] / variance)
             progress.update(1)
     progress.close()
-    codebook = RQKMeans(np.stack(centroids), np.stack(prices) if balance is not None else None)
-    return Fit(codebook, codes_NL, tuple(unused), tuple(left), len(vectors_NF) - distinct)
+    return Fit(RQKMeans(np.stack(centroids)), codes_NL, tuple(unused), tuple(left), len(vectors_NF) - distinct)
 
 
-def read_arrays(path: Path, names: list[str], optional: Sequence[str] = ()) -> dict[str, Array]:
-    """The named arrays of an npz file, and those of `optional` that it has. Raises CatalogueError when it is absent, damaged, or lacks
-    one; nothing is unpickled."""
+def read_arrays(path: Path, names: list[str]) -> dict[str, Array]:
+    """The named arrays of an npz file. Raises CatalogueError when it is absent, damaged, or lacks one; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as held:
-            return {name: held[name] for name in [*names, *(name for name in optional if name in held.files)]}
+            return {name: held[name] for name in names}
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise CatalogueError(f"{path}: not readable ({type(error).__name__}: {str(error).strip()}): run `oxyray sid` again") from error
 
 
-def _level(held: Shards, count: int, width: int, iterations: int, seed: int, balance: float | None) -> tuple[Array, Array, Array]:
-    """k-means with dead codes re-seeded: centroids (V, F), prices and loads (V,). The shards have their codes then."""
+def _level(held: Shards, count: int, width: int, iterations: int, seed: int, balance: float | None) -> tuple[Array, Array]:
+    """k-means with dead codes re-seeded: centroids (V, F) and loads (V,). The shards have their codes then."""
     random, step = np.random.default_rng(seed), to_grid(held)
     trained = None
     if count > width * _POINTS_PER_CODE:
@@ -174,22 +164,22 @@ def _level(held: Shards, count: int, width: int, iterations: int, seed: int, bal
     held.ask("train_on", trained)
     start = random.choice(count if trained is None else trained, min(width, count), replace=False)
     centroids_VF = _rows(held, np.resize(start, width))
-    centroids_VF, price_V = lloyd(held, centroids_VF, iterations, step, balance)
-    count_V = _assigned(held, centroids_VF, price_V)
     above = 1e-5 * max(squares(held)[0], 1e-30)
+    centroids_VF = lloyd(held, centroids_VF, iterations, step, above, balance is not None)
+    count_V = _assigned(held, centroids_VF)
     for _ in range(_RESEED_ROUNDS):
         dead = np.flatnonzero(count_V == 0)
         seeds_HF = farthest(held.ask("worst", len(dead), above), len(dead))[2] if len(dead) else ()
         if len(seeds_HF) == 0:
             break
         centroids_VF[dead[: len(seeds_HF)]] = seeds_HF
-        centroids_VF, price_V = lloyd(held, centroids_VF, _RESEED_ITERATIONS, step, balance)
-        count_V = _assigned(held, centroids_VF, price_V)
-    return centroids_VF, price_V, count_V if balance is None else within(held, centroids_VF, count_V, balance)
+        centroids_VF = lloyd(held, centroids_VF, _RESEED_ITERATIONS, step, above, balance is not None)
+        count_V = _assigned(held, centroids_VF)
+    return centroids_VF, count_V if balance is None else within(held, centroids_VF, count_V, balance)
 
 
-def _assigned(held: Shards, centroids_VF: Array, price_V: Array) -> Array:
-    return np.sum(held.ask("assign", centroids_VF, price_V), axis=0)
+def _assigned(held: Shards, centroids_VF: Array) -> Array:
+    return np.sum(held.ask("assign", centroids_VF), axis=0)
 
 
 def _rows(held: Shards, rows: Array) -> Array:
