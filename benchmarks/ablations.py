@@ -18,6 +18,7 @@ from oxyray.files import read_json
 # What the paper found: (metric, better variant, the others).
 FOUND: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "tokenizer": ("HR@10", "v4", ("v3", "v2", "v1")),
+    "sources": ("HR@10", "peers", ("swing", "text")),
     "position": ("HR@10", "right", ("add", "left", "replace", "none")),
     "composition": ("HR@10", "fused", ("concatenated", "scenario", "trigger")),
     "retrieval": ("HR@10 search", "igr", ("q2i", "without")),

@@ -1,7 +1,7 @@
 """`oxyray ablate TABLE`: the variants of one of the paper's tables, each with several seeds, by Hydra multirun.
 
 The variants are the choices `ablation=TABLE_*`: `conf/ablation/` says what each changes. Data and semantic IDs are made once, in the base
-run (for the table `tokenizer`, which compares them, once a variant); every job pre-trains a policy and measures it on the test split. What
+run (for the tables of `CODES`, which compare them, once a variant); every job pre-trains a policy and measures it on the test split. What
 is finished is kept, so the same command goes on where it was stopped. Below `RUN/ablation/TABLE` lie the jobs and the table as Markdown,
 JSON and a picture.
 """
@@ -28,6 +28,7 @@ from oxyray.run import Run
 
 TABLES = {
     "tokenizer": "what semantic IDs are made of (paper, Table 2)",
+    "sources": "what semantic IDs learn from, beside texts (paper 4.2)",
     "position": "where the instruction stands (paper, Table 5)",
     "composition": "what the instruction holds (paper, Table 6)",
     "retrieval": "query-to-item alignment and instruction-guided retrieval (paper, Table 7)",
@@ -35,6 +36,7 @@ TABLES = {
     "masked": "requests of one model asked without a part of their instruction (paper, Table 9)",
     "scaling": "the size of the policy (paper, Tables 3 and 4)",
 }
+CODES = ("tokenizer", "sources")  # tables that compare semantic IDs: each variant has its own
 SEEDS = "1,2,3"
 METRICS = ("HR@1", "HR@10", "NDCG@10")
 Results = dict[str, Any]  # a run's evaluate/metrics.json
@@ -70,7 +72,7 @@ def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None,
     pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "fuse", "sid")])
     shares = "hydra/launcher=ray" not in shared  # jobs one after the other; else the launcher has a Ray of its own
     with one_ray(config.processes) if shares else nullcontext():
-        stages = ("fuse", "sid", "pretrain", "evaluate") if table == "tokenizer" else ("pretrain", "evaluate")
+        stages = ("fuse", "sid", "pretrain", "evaluate") if table in CODES else ("pretrain", "evaluate")
         failed = max([sweep(stage, swept) for stage in stages])
     variants = axes["ablation"].split(",")
     rows = collected(folder, table, variants)
@@ -96,7 +98,7 @@ def collected(folder: Path, table: str, variants: Sequence[str]) -> list[Row]:
         variant = next((name for name in found if f"ablation={table}_{name}" in job["words"].split()), None)
         if variant is not None and job["error"] is None and results.is_file():
             found[variant].append(read_json(results))
-            if table == "tokenizer":
+            if table in CODES:
                 quality[variant].append(read_json(Path(job["folder"]) / "sid" / "quality.json"))
     rows = [Row(name, _values(seeds) | _quality(quality[name])) for name, seeds in found.items() if seeds]
     if not rows:

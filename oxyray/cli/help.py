@@ -18,7 +18,8 @@ from oxyray.pipeline import STAGES
 COMMANDS = {
     "run": "all stages in order; what is fresh is skipped",
     "recommend": "recommend to one user: user=... scenario=... k=10 trigger=... query=...",
-    "ablate": "a table of the paper, with seeds: oxyray ablate tokenizer | position | composition | retrieval | unified | masked | scaling",
+    "ablate": "a table of the paper, with seeds: oxyray ablate tokenizer | sources | position | "
+    "composition | retrieval | unified | masked | scaling",
     "doctor": "check this machine: versions, devices, memory, Ray",
 }
 _OPTIONS = """\

@@ -47,7 +47,7 @@ class FuseConfig(CourseConfig):
     pictures: none; small: a convolutional encoder for small pictures, trained here; or the path of any Hugging Face vision model, frozen
     picture_size: pictures are brought to this many pixels a side, where pictures=small
     rates: shares of the pairs by source: swing (two items taken by the same users), query (what was typed, and the item taken), peers (two
-        items of one category taken after the same query)
+        items of one category taken after the same query; in a shop where nothing is typed, whose texts are alike)
     neighbours: most similar items by Swing that each item makes pairs with
     pairs_per_step: pairs in one optimizer step, over all workers; each is the others' negative
     """

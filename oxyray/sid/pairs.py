@@ -2,20 +2,21 @@
 
     swing   two items that the same users took
     query   what was typed, and the item that was taken there
-    peers   two items of one category that were taken after the same query
+    peers   two items of one category that were taken after the same query; where nothing is typed, that have like texts
 
 Only training events say so: a held-out event that shaped the semantic IDs would be a leak.
 
-Legend: P pairs, N events, W query texts, I items, S sources.
+Legend: P pairs, N events, W query texts, I items, F dimensions, G items of a category, K nearest, S sources.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +30,7 @@ from oxyray.sid.swing import Pairs, swing, taken_by
 Array = np.ndarray
 
 _MOST_PEERS = 10_000_000  # pairs counted; a query with more items gives its most taken ones
+_EXACT = 50_000  # nearest texts among more items than these are looked for near the item alone
 
 
 def training_events(prepared: Prepared) -> Iterator[tuple[Array, Array]]:
@@ -39,9 +41,9 @@ def training_events(prepared: Prepared) -> Iterator[tuple[Array, Array]]:
         yield rows["user"][train], rows["item"][train]
 
 
-def sources(config: Config, prepared: Prepared, text_W: pa.Array) -> dict[str, Pairs]:
+def sources(config: Config, prepared: Prepared, text_W: pa.Array, vector_IF: Callable[[], Array]) -> dict[str, Pairs]:
     """The pairs of every source whose rate is above 0, by name. `text_W` are the shop's distinct query texts, which pairs of the source
-    `query` point at. Raises ConfigError where a source that is asked for has no pair."""
+    `query` point at; `vector_IF` gives the vectors of the items' texts. Raises ConfigError where a source that is asked for has no pair."""
     rate, found = config.fuse.rates, {}
     if rate.get("swing"):
         taken_UI = taken_by(training_events(prepared), prepared.meta.items)
@@ -52,7 +54,8 @@ def sources(config: Config, prepared: Prepared, text_W: pa.Array) -> dict[str, P
             pairs = asked_WI.tocoo()
             found["query"] = Pairs(pairs.row.astype(np.int64), pairs.col.astype(np.int64), pairs.data)
         if rate.get("peers"):
-            found["peers"] = peers(asked_WI, _finest_category(prepared))
+            category_I = _finest_category(prepared)
+            found["peers"] = peers(asked_WI, category_I) if asked_WI.nnz else alike(vector_IF(), category_I, config.fuse.neighbours)
     for name, pairs_of in found.items():
         if not len(pairs_of):
             raise ConfigError(f"fuse.rates.{name}={rate[name]:g}, but the training events have no such pair: set it to 0")
@@ -75,6 +78,35 @@ def peers(asked_WI: sparse.csr_matrix, category_I: Array) -> Pairs:
     pair_P, place = np.unique(np.concatenate(key) if key else np.zeros(0, dtype=np.int64), return_inverse=True)
     total_P = np.bincount(place.reshape(-1), weights=np.concatenate(weight) if weight else None, minlength=len(pair_P))
     return Pairs(pair_P // items, pair_P % items, total_P)
+
+
+def alike(vector_IF: Array, category_I: Array, top: int) -> Pairs:
+    """Each item with its `top` nearest of the same category by the vectors of their texts (length 1), weighed by cosine; pairs of a cosine
+    of 0 or less are left out. Items of an unknown category (-1) are one category."""
+    left, right, weight = [], [], []
+    for category in np.unique(category_I):
+        item_G = np.flatnonzero(category_I == category)
+        vector_GF = np.ascontiguousarray(vector_IF[item_G], dtype=np.float32)
+        near_GK, cosine_GK = _nearest(vector_GF, min(top + 1, len(item_G)))
+        keep_GK = (near_GK != np.arange(len(item_G))[:, None]) & (near_GK >= 0) & (cosine_GK > 0)
+        keep_GK &= np.cumsum(keep_GK, axis=1) <= top  # an item may not be its own nearest, where texts are equal
+        row, _ = np.nonzero(keep_GK)
+        left.append(item_G[row])
+        right.append(item_G[near_GK[keep_GK]])
+        weight.append(cosine_GK[keep_GK].astype(np.float64))
+    return Pairs(*(np.concatenate(each) for each in (left, right, weight)))
+
+
+def _nearest(vector_GF: Array, count: int) -> tuple[Array, Array]:
+    """(G, K) places and cosines of the nearest, itself among them."""
+    index: faiss.Index = faiss.IndexFlatIP(vector_GF.shape[1])
+    if len(vector_GF) > _EXACT:
+        index = faiss.IndexIVFFlat(index, vector_GF.shape[1], int(np.sqrt(len(vector_GF))), faiss.METRIC_INNER_PRODUCT)
+        index.train(vector_GF)
+        index.nprobe = 16
+    index.add(vector_GF)
+    cosine_GK, near_GK = index.search(vector_GF, count)
+    return near_GK, cosine_GK
 
 
 def _asked(prepared: Prepared, text_W: pa.Array) -> sparse.csr_matrix:

@@ -25,7 +25,7 @@ from oxyray.model.losses import LossOut
 from oxyray.model.retrieval import gathered, precise
 from oxyray.model.tables import TableSpec
 from oxyray.run import Run
-from oxyray.sid.encoder import TEXT_COLUMNS, encode
+from oxyray.sid.encoder import TEXT_COLUMNS, encode, item_texts
 from oxyray.sid.fusion import Fusion, ItemTokens, Tokens
 from oxyray.sid.pairs import Mixture, sources
 from oxyray.sid.pictures import item_tokens
@@ -62,7 +62,7 @@ def gather_inputs(config: Config, run: Run, prepared: Prepared) -> None:
     if (folder / "about.json").exists() and read_json(folder / "about.json") == wanted:
         return
     asked_W = distinct_queries(prepared, None)
-    found = sources(config, prepared, asked_W)
+    found = sources(config, prepared, asked_W, lambda: encode(item_texts(columns), config.sid, config.cluster))
     arrays: dict[str, Array] = {f"{name}_{side}": value for name, pairs in found.items() for side, value in vars(pairs).items()}
     items = item_tokens(columns, settings, config.sid, config.cluster)
     with whole(folder) as part:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oxyray.sid import swing as module
-from oxyray.sid.pairs import Mixture, peers
+from oxyray.sid.pairs import Mixture, alike, peers
 from oxyray.sid.swing import ALPHA, Pairs, Swing, swing, taken_by
 
 TAKEN = st.lists(st.sets(st.integers(0, 6), max_size=5), min_size=1, max_size=8)
@@ -76,6 +76,25 @@ def test_ray_workers_find_the_same(shared_ray: None, monkeypatch: pytest.MonkeyP
     together = swing(taken_UI, top=5, workers=2)
     for side in ("left_P", "right_P", "weight_P"):
         np.testing.assert_allclose(getattr(together, side), getattr(alone, side))
+
+
+@pytest.mark.parametrize("exact", [50_000, 50])  # above it a search near the item alone; its 16 lists are all of them here
+def test_items_with_like_texts_are_peers_within_their_category(exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oxyray.sid.pairs._EXACT", exact)
+    random = np.random.default_rng(3)
+    vector_IF = random.normal(size=(300, 8)).astype(np.float32)
+    vector_IF /= np.linalg.norm(vector_IF, axis=1, keepdims=True)
+    vector_IF[:9] = vector_IF[0]  # equal texts, more than are asked for: none is its own peer, each keeps its number
+    category_I = random.integers(-1, 2, size=300)
+    category_I[:9] = 1
+    found = alike(vector_IF, category_I, 4)
+    assert (found.left_P != found.right_P).all()
+    assert (category_I[found.left_P] == category_I[found.right_P]).all()
+    cosine_II = vector_IF.astype(np.float64) @ vector_IF.T.astype(np.float64)
+    for item in range(300):
+        others = np.flatnonzero((category_I == category_I[item]) & (np.arange(300) != item))
+        best = np.sort(cosine_II[item, others])[::-1][:4]
+        np.testing.assert_allclose(np.sort(found.weight_P[found.left_P == item])[::-1], best[best > 0], rtol=1e-5)
 
 
 def test_peers_share_a_query_and_a_category() -> None:
