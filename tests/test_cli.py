@@ -45,6 +45,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["run", "~model.width"], "~model.width: a key cannot be taken away; its default is 64"),
         (["run", "data=tables"], "data.path: must be given: data.path=..."),
         (["run", "data=amazon_beauty"], "data.path: must be given: data.path=..."),
+        (["run", "experiment=amazon_beauty", "data.path=/my/tables"], "data.path: is /my/tables, but data=mall makes its shop itself"),
         (["run", "model.heads=5"], "model.heads: 5 heads do not divide model.width=64: set model.width=60"),
         (["run", "generate.beams=5"], "generate.beams: 5 beams cannot fill the top 30 of evaluate.ks"),
         (["run", "data.mall.items=20"], "generate.beams: 50 beams are wider than the catalogue of 20 items at most"),

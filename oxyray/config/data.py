@@ -92,6 +92,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         need(self.source == "mall" or bool(self.path), "data.path", f"data.source={self.source} needs a folder: data.path=/my/tables")
         need(
+            self.source != "mall" or self.path is None,
+            "data.path",
+            f"is {self.path}, but data=mall makes its shop itself: say whose tables these are, data=tables or a choice of your own",
+        )
+        need(
             0 < self.valid_share < 1 and 0 < self.test_share < 1 and self.valid_share + self.test_share < 1,
             "data.valid_share, data.test_share",
             f"must be positive and sum to less than 1, got {self.valid_share} and {self.test_share}",
