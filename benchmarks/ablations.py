@@ -24,6 +24,7 @@ FOUND: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "retrieval": ("HR@10 search", "igr", ("q2i", "without")),
     "unified": ("HR@10", "all", ("each its own",)),
     "masked": ("HR@10", "nothing", ("trigger",)),
+    "missing": ("HR@10", "hidden", ("never",)),
     "scaling": ("HR@10", "128", ("64", "32")),
 }
 

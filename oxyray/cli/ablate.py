@@ -34,6 +34,7 @@ TABLES = {
     "retrieval": "query-to-item alignment and instruction-guided retrieval (paper, Table 7)",
     "unified": "one model for all scenarios beside one for each (paper, Table 8)",
     "masked": "requests of one model asked without a part of their instruction (paper, Table 9)",
+    "missing": "texts that fail to come in serving, beside a policy that never had any (paper 2.3.2)",
     "scaling": "the size of the policy (paper, Tables 3 and 4)",
 }
 CODES = ("tokenizer", "sources")  # tables that compare semantic IDs: each variant has its own

@@ -19,7 +19,7 @@ COMMANDS = {
     "run": "all stages in order; what is fresh is skipped",
     "recommend": "recommend to one user: user=... scenario=... k=10 trigger=... query=...",
     "ablate": "a table of the paper, with seeds: oxyray ablate tokenizer | sources | position | "
-    "composition | retrieval | unified | masked | scaling",
+    "composition | retrieval | unified | masked | missing | scaling",
     "doctor": "check this machine: versions, devices, memory, Ray",
 }
 _OPTIONS = """\
