@@ -1,15 +1,16 @@
 """Item encoding: texts a second through the text encoder, items a second through the item encoder, pairs a second in its training, with one
-worker and with two.
+worker and with two; and Swing, which finds the pairs, on a million events.
 
 Items are the embedded shop's, texts and pictures. The text encoder's peer is the plain loop that a person writes first: the same model on
 batches in the order of the items. All ways take turns; told are medians. Times of two workers begin when Ray is up and include the start of
-the workers, as a stage's do.
+the workers, as a stage's do. Swing's events are drawn: lengths of users and popularity of items are heavy-tailed, as in a shop's log.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from oxyray.run import Run
 from oxyray.sid.encoder import TEXT_COLUMNS, TextEncoder, encode, encoder_folder, item_texts
 from oxyray.sid.fusion import Fusion, ItemTokens
 from oxyray.sid.pictures import pixels
+from oxyray.sid.swing import swing, taken_by
 
 SEED = 7
 
@@ -46,6 +48,7 @@ def main() -> None:
         show_texts(report, texts, Path(folder), rounds)
         show_items(report, table["image"].to_pylist(), rounds)
         show_training(report, config, words, Path(folder))
+        show_swing(report, 20_000 if quick else 1_000_000)
     report.finish(quick)
 
 
@@ -102,6 +105,24 @@ def show_training(report: Report, config: Config, words: list[str], folder: Path
         rows.append([str(workers), speed[workers]])
     report.table("Training of the item encoder, one thread a worker", ["workers", "pairs/s"], rows)
     report.claim("item encoder's training, 2 workers against 1: pairs per second", speed[2] / speed[1], 1.5, "×")
+
+
+def show_swing(report: Report, events: int) -> None:
+    random, users, items = np.random.default_rng(SEED), events // 20, events // 50
+    length_U = np.minimum(random.lognormal(2.5, 1.0, users).astype(np.int64) + 1, 1_000)
+    user_N = np.repeat(np.arange(users), length_U)[:events]
+    chance_I = 1 / np.arange(1, items + 1) ** 0.8
+    taken_UI = taken_by([(user_N, random.choice(items, len(user_N), p=chance_I / chance_I.sum()))], items)
+    seconds: dict[int, float] = {}
+    for workers in (1, 2):
+        began = time.perf_counter()
+        swing(taken_UI, 20, workers)
+        seconds[workers] = time.perf_counter() - began
+    rows: list[list[Cell]] = [[str(workers), value / 60, len(user_N) / value] for workers, value in seconds.items()]
+    most = int(np.diff(taken_UI.tocsc().indptr).max())
+    title = f"Swing on {len(user_N):,} events of {users:,} users, {items:,} items, the most popular taken by {most:,}"
+    report.table(title, ["workers", "minutes", "events/s"], rows)
+    report.claim(f"Swing on {len(user_N):,} events, 2 workers: time", seconds[2] / 60, 5, "minutes", better="lower")
 
 
 if __name__ == "__main__":

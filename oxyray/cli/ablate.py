@@ -124,7 +124,9 @@ def _quality(seeds: list[Results]) -> dict[str, list[float]]:
         for by in ("sid", "code_1"):
             figures[f"purity {name} by {by}"] = [each["purity"][name][by] for each in seeds]
     figures |= {f"load {name}": [each["load"][name] for each in seeds] for name in ("p25", "p75", "p90")}
-    return figures | {f"left after {level + 1}": [each["left"][level] for each in seeds] for level in range(len(seeds[0]["left"]))}
+    for key, about in (("left", "left after"), ("left_out", "held out, left after")):
+        figures |= {f"{about} {level + 1}": [each[key][level] for each in seeds] for level in range(len(seeds[0].get(key, ())))}
+    return figures
 
 
 def _each_its_own(found: dict[str, list[Results]]) -> list[Row]:

@@ -127,6 +127,7 @@ class SidConfig:
     width: codes a level
     iterations: k-means rounds a level
     balance: most items of a code, in multiples of the mean; null: no bound
+    held_out: share of the items that the codebook is not learned from; how well it describes them is told, and drift is measured by it
     seed: of k-means and its re-seeded clusters
     collisions: of items that share a SID. reassign moves them to the nearest free code of the last level; extra_level numbers them by one
         more level; none leaves them
@@ -146,6 +147,7 @@ class SidConfig:
     width: int = 256
     iterations: int = 25
     balance: float | None = None
+    held_out: float = 0.05
     seed: int = 7
     collisions: Literal["none", "reassign", "extra_level"] = "reassign"
     collision_limit: float = 4.0
@@ -159,6 +161,7 @@ class SidConfig:
         need(2 <= self.width <= 65536, "sid.width", f"must lie in 2..65536, got {self.width}")
         for name in ("iterations", "workers", "batch_items", "behaviour_dim"):
             need(getattr(self, name) >= 1, f"sid.{name}", f"must be at least 1, got {getattr(self, name)}")
+        need(0 <= self.held_out < 1, "sid.held_out", f"is a share in [0, 1), got {self.held_out}")
         need(self.balance is None or self.balance > 1, "sid.balance", f"must be more than 1 (or null for no bound), got {self.balance}")
         need(self.collision_limit > 0, "sid.collision_limit", f"must be positive (or sid.collisions=none), got {self.collision_limit}")
         need(self.pca_dim >= 0, "sid.pca_dim", f"must be 0 (off) or more, got {self.pca_dim}")

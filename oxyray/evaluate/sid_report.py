@@ -89,6 +89,7 @@ def versions(figures: dict[str, dict[str, Any]]) -> str:
     row("level-1 Gini index", lambda q: f"{q['load']['gini']:.3f}")
     for level in range(most):
         row(f"variance left after level {level + 1}", lambda q, d=level: percent(q["left"][d]))
+        row(f"the same, items held out, level {level + 1}", lambda q, d=level: percent(q["left_out"][d]))
     return table(["", *map(escape, figures)], [("", (escape(name), *map(escape, cells))) for name, cells in rows], "figures")
 
 

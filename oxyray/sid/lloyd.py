@@ -38,6 +38,7 @@ class Shard:
         self.firsts = [first for first, _ in blocks]
         self.left = [np.array(vectors_NF, dtype=np.float32) for _, vectors_NF in blocks]
         self.trained: list[Array] = list(self.left)
+        self.learned = [np.arange(len(left_NF)) for left_NF in self.left]  # by block, rows that are learned from: all
         self.codes: list[Array] = []
         self.step = 1.0
         self.distances: list[Array] = []
@@ -47,14 +48,19 @@ class Shard:
         self._sum_VF: Array | None = None
         self._summed: dict[int, Array] = {}  # by block: the codes that its vectors are counted under
 
-    def train_on(self, rows: Array | None) -> None:
-        """Only these (global row numbers, sorted) take part in `sums` until what is left changes; None: all."""
-        self.trained = list(self.left)
-        if rows is not None:
-            for place, (first, left_NF) in enumerate(zip(self.firsts, self.left, strict=True)):
-                low, high = np.searchsorted(rows, [first, first + len(left_NF)])
-                self.trained[place] = left_NF[rows[low:high] - first]
+    def train_on(self, rows: Array) -> None:
+        """Only these (global row numbers, sorted) take part in `sums` and `worst` until what is left changes."""
+        self.learned = self._here(rows)
+        self.trained = self._of(self.learned)
         self._begin_sums()
+
+    def _here(self, rows: Array) -> list[Array]:
+        """By block: those of the sorted global row numbers that lie in it, counted from its first."""
+        bounds = [np.searchsorted(rows, [first, first + len(left_NF)]) for first, left_NF in zip(self.firsts, self.left, strict=True)]
+        return [rows[low:high] - first for first, (low, high) in zip(self.firsts, bounds, strict=True)]
+
+    def _of(self, rows: list[Array]) -> list[Array]:
+        return [left if len(row_N) == len(left) else left[row_N] for left, row_N in zip(self.left, rows, strict=True)]
 
     def to_grid(self, step: float) -> None:
         """Round what is left to multiples of `step`, a power of two that float32 has room for."""
@@ -106,8 +112,8 @@ class Shard:
     def worst(self, count: int, above: float) -> tuple[Array, Array, Array]:
         """Row, squared distance and what is left of up to `count` different vectors that are described worst, farther than `above`."""
         found = []
-        for first, left_NF, distance_N in zip(self.firsts, self.left, self.distances, strict=True):
-            here = np.flatnonzero(distance_N > above)
+        for first, left_NF, distance_N, here in zip(self.firsts, self.left, self.distances, self.learned, strict=True):
+            here = here[distance_N[here] > above]
             here = here[np.argsort(-distance_N[here], kind="stable")]
             found.append((first + here, distance_N[here], left_NF[here]))
         return farthest(found, count)
@@ -118,10 +124,11 @@ class Shard:
         left = [left_NF[rows[place] - first] for first, left_NF, place in zip(self.firsts, self.left, places, strict=True)]
         return np.concatenate(places), np.concatenate(left)
 
-    def squares(self) -> tuple[list[float], float, int]:
-        """Sum of squared lengths of every block, largest entry, number of vectors."""
-        totals = [float(np.einsum("nf,nf->", left, left, dtype=np.float64)) for left in self.left]
-        return totals, max((float(np.abs(left).max()) for left in self.left if left.size), default=0.0), sum(map(len, self.left))
+    def squares(self, rows: Array | None = None) -> tuple[list[float], float, int]:
+        """Sum of squared lengths of every block, largest entry, number of vectors; of these (global row numbers, sorted) or of all."""
+        asked = self.left if rows is None else self._of(self._here(rows))
+        totals = [float(np.einsum("nf,nf->", left, left, dtype=np.float64)) for left in asked]
+        return totals, max((float(np.abs(left).max()) for left in asked if left.size), default=0.0), sum(map(len, asked))
 
     def subtract(self, centroids_VF: Array) -> list[tuple[int, Array]]:
         """Go on to the next level with what the codes leave; the codes of this one, by first row."""
@@ -270,9 +277,9 @@ def to_grid(held: Shards) -> float:
     return step
 
 
-def squares(held: Shards) -> tuple[float, float, int]:
-    """Mean squared length of what is left of the vectors, its largest entry, their number."""
-    parts = held.ask("squares")
+def squares(held: Shards, rows: Array | None = None) -> tuple[float, float, int]:
+    """Mean squared length of what is left of the vectors (of these rows), its largest entry, their number."""
+    parts = held.ask("squares", rows)
     count = sum(part[2] for part in parts)
     return math.fsum(total for part in parts for total in part[0]) / max(count, 1), max(part[1] for part in parts), count
 

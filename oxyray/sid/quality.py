@@ -84,6 +84,9 @@ def _fit_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     if "left" in figures:
         rows.append(("left over", " -> ".join(_percent(share) for share in figures["left"]) + " of the variance"))
+    if figures.get("left_out"):
+        left = " -> ".join(_percent(share) for share in figures["left_out"])
+        rows.append(("held out", f"{left}, of {figures['held_out']:,} items that the codebook has not seen"))
     if "unused" in figures:
         rows.append(("unused codes", ", ".join(map(str, figures["unused"])) + " (level by level)"))
     if figures.get("moved"):

@@ -3,9 +3,10 @@
 The rounds are `lloyd.py`'s, here or on Ray workers with the same outcome. Codes that no vector uses are re-seeded at the vectors that are
 worst described, and the level is refined again, until all codes are used or no error is left to seed from. A level with fewer different
 residuals than codes therefore ends with an exact description and some unused codes; that is stated in `Fit`. Given the same vectors,
-settings and seed, the codes are the same.
+settings and seed, the codes are the same. A share of the vectors may be held out: they get codes, and no level learns from them, so that
+the error on them is that of items yet to come.
 
-Legend: N vectors, F dimensions, L levels, V codes a level.
+Legend: N vectors, F dimensions, L levels, V codes a level, O vectors held out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Array = np.ndarray
 _POINTS_PER_CODE = 1024  # k-means trains on at most this many vectors a code; beyond that, more of them move no centroid visibly
 _RESEED_ROUNDS = 8
 _RESEED_ITERATIONS = 4
+_LEAST_POINTS_PER_CODE = 4  # with fewer different vectors a code none is held out
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,13 +96,16 @@ class Fit:
     """What a fit gave: the codebook, the codes (N, L) of the vectors it was fitted on, and per level what a person should know.
 
     `unused_L`: codes that no vector has; `left_L`: what is left over after the level, as a share of the vectors' variance; `duplicates`:
-    vectors that equal an earlier one (equal vectors share a SID, whatever the settings)."""
+    vectors that equal an earlier one (equal vectors share a SID, whatever the settings). `row_O` are the rows that were held out, and
+    `left_out_L` is what is left over of them (empty without any)."""
 
     codebook: RQKMeans
     codes_NL: Array
     unused_L: tuple[int, ...]
     left_L: tuple[float, ...]
     duplicates: int
+    row_O: Array
+    left_out_L: tuple[float, ...]
 
 
 def fit(
@@ -111,10 +116,12 @@ def fit(
     iterations: int = 25,
     seed: int = 7,
     balance: float | None = None,
+    held_out: float = 0.0,
     workers: int = 1,
     cluster: ClusterConfig | None = None,
 ) -> Fit:
-    """Fit `levels` codebooks of `width` codes; with `balance` no code of a level has more than that many times the mean of vectors. Raises
+    """Fit `levels` codebooks of `width` codes; with `balance` no code of a level has more than that many times the mean of vectors. A share
+    `held_out` of the vectors is not learned from, where that leaves enough to learn from. Raises
     CatalogueError on NaN or infinite values, all-zero vectors, and fewer different vectors than codes (level 1 could never use them all),
     RunError when the cluster is smaller than `workers`."""
     vectors_NF = _checked(vectors_NF)
@@ -130,20 +137,24 @@ def fit(
             f"{len(zero)} vectors are all zeros, the first in row {zero[0]}: such an item has nothing to be told apart by; give it a text"
         )
     codes_NL = np.empty((len(vectors_NF), levels), dtype=np.int32)
-    centroids, unused, left = [], [], []
-    variance = _mean_square(vectors_NF - vectors_NF.mean(axis=0))
+    centroids, unused, left, left_out = [], [], [], []
+    apart_NF = vectors_NF - vectors_NF.mean(axis=0)
+    rest, row_O = _learned(len(vectors_NF), held_out if distinct >= _LEAST_POINTS_PER_CODE * width else 0.0, seed)
+    variance, variance_out = _mean_square(apart_NF), _mean_square(apart_NF[row_O]) if len(row_O) else 0.0
     progress = bar(levels, "RQ-KMeans", "level")
     with shards(vectors_NF, workers, cluster) as held:
         for level in range(levels):
-            centroids_VF, count_V = _level(held, len(vectors_NF), width, iterations, seed + level, balance)
+            centroids_VF, count_V = _level(held, rest, width, iterations, seed + level, balance)
             for first, code_N in (block for part in held.ask("subtract", centroids_VF) for block in part):
                 codes_NL[first : first + len(code_N), level] = code_N
             centroids.append(centroids_VF)
             unused.append(int((count_V == 0).sum()))
             left.append(squares(held)[0] / variance)
+            left_out += [squares(held, row_O)[0] / variance_out] if len(row_O) else []
             progress.update(1)
     progress.close()
-    return Fit(RQKMeans(np.stack(centroids)), codes_NL, tuple(unused), tuple(left), len(vectors_NF) - distinct)
+    codebook = RQKMeans(np.stack(centroids))
+    return Fit(codebook, codes_NL, tuple(unused), tuple(left), len(vectors_NF) - distinct, row_O, tuple(left_out))
 
 
 def read_arrays(path: Path, names: list[str]) -> dict[str, Array]:
@@ -155,14 +166,19 @@ def read_arrays(path: Path, names: list[str]) -> dict[str, Array]:
         raise CatalogueError(f"{path}: not readable ({type(error).__name__}: {str(error).strip()}): run `oxyray sid` again") from error
 
 
-def _level(held: Shards, count: int, width: int, iterations: int, seed: int, balance: float | None) -> tuple[Array, Array]:
-    """k-means with dead codes re-seeded: centroids (V, F) and loads (V,). The shards have their codes then."""
+def _learned(count: int, held_out: float, seed: int) -> tuple[Array, Array]:
+    """Rows to learn from, and rows held out: both sorted."""
+    out = np.sort(np.random.default_rng([seed, count]).choice(count, round(held_out * count), replace=False))
+    return np.delete(np.arange(count), out), out
+
+
+def _level(held: Shards, row_N: Array, width: int, iterations: int, seed: int, balance: float | None) -> tuple[Array, Array]:
+    """k-means on the rows `row_N` with dead codes re-seeded: centroids (V, F) and loads (V,). All vectors have their codes then."""
     random, step = np.random.default_rng(seed), to_grid(held)
-    trained = None
-    if count > width * _POINTS_PER_CODE:
-        trained = np.sort(random.choice(count, width * _POINTS_PER_CODE, replace=False))
-    held.ask("train_on", trained)
-    start = random.choice(count if trained is None else trained, min(width, count), replace=False)
+    if len(row_N) > width * _POINTS_PER_CODE:
+        row_N = np.sort(random.choice(row_N, width * _POINTS_PER_CODE, replace=False))
+    held.ask("train_on", row_N)
+    start = random.choice(row_N, min(width, len(row_N)), replace=False)
     centroids_VF = _rows(held, np.resize(start, width))
     above = 1e-5 * max(squares(held)[0], 1e-30)
     centroids_VF = lloyd(held, centroids_VF, iterations, step, above, balance is not None)

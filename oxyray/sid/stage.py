@@ -62,6 +62,7 @@ def sid(config: Config, run: Run) -> None:
         iterations=settings.iterations,
         seed=settings.seed,
         balance=settings.balance,
+        held_out=settings.held_out,
         workers=settings.workers,
         cluster=config.cluster,
     )
@@ -71,8 +72,10 @@ def sid(config: Config, run: Run) -> None:
     figures = quality(codes_NL, settings.width, _categories(items)) | {
         "unused": list(fit.unused_L),
         "left": list(fit.left_L),
+        "left_out": list(fit.left_out_L),
+        "held_out": len(fit.row_O),
         "duplicates": fit.duplicates,
-        "error": errors_at_fit(fit.codebook, vectors_IJ, fit.codes_NL),
+        "error": errors_at_fit(fit, vectors_IJ),
         "moved": int((codes_NL[:, : settings.levels] != fit.codes_NL).any(axis=1).sum()),
         "version": catalog.version,
         "encoder": {"name": settings.encoder, "identity": encoder_identity(encoder_folder(settings.encoder))},

@@ -25,18 +25,19 @@ from oxyray.sid.encoder import encode, encoder_folder, encoder_identity, item_te
 from oxyray.sid.fusion import Fusion
 from oxyray.sid.given import given_vectors
 from oxyray.sid.pictures import item_tokens
-from oxyray.sid.rqkmeans import RQKMeans
+from oxyray.sid.rqkmeans import Fit, RQKMeans
 
 Array = np.ndarray
 
-FAR = 0.95  # an item is far when the codebook describes it worse than this share of the items that it was made of
+FAR = 0.95  # an item is far when the codebook describes it worse than this share of the items of its time
 _WATCH, _RETRAIN = 0.15, 0.30  # shares of far items; without drift 0.05 are
+_ENOUGH = 100  # items held out, to know how far 19 in 20 lie
 
 
 @dataclass(frozen=True)
 class Drift:
-    """`error`: the new items' mean squared error over that of the items that the codebook was made of. `far`: share of the new items that
-    lie farther from their codes than 19 in 20 of those did."""
+    """`error`: the new items' mean squared error over that of the items that were held out when the codebook was made. `far`: share of the
+    new items that lie farther from their codes than 19 in 20 of those did."""
 
     items: int
     error: float
@@ -122,7 +123,9 @@ def settled(config: SidConfig, codes_NL: Array, vectors_NJ: Array, codebook: RQK
     return numbered(codes_NL, config.width, taken_IL) if config.collisions == "extra_level" else codes_NL
 
 
-def errors_at_fit(codebook: RQKMeans, vectors_IJ: Array, codes_IL: Array) -> dict[str, float]:
-    """What drift is measured against: the items' mean squared error, and the one that 19 in 20 stay below."""
-    error_I = codebook.errors(vectors_IJ, codes_IL)
-    return {"mean": float(error_I.mean()), "far": float(np.quantile(error_I, FAR))}
+def errors_at_fit(fit: Fit, vectors_IJ: Array) -> dict[str, float]:
+    """What drift is measured against: the mean squared error of the items that were held out, of all where too few were, and the one that
+    19 in 20 of them stay below."""
+    row_O = fit.row_O if len(fit.row_O) >= _ENOUGH else np.arange(len(vectors_IJ))
+    error_O = fit.codebook.errors(vectors_IJ[row_O], fit.codes_NL[row_O])
+    return {"mean": float(error_O.mean()), "far": float(np.quantile(error_O, FAR))}

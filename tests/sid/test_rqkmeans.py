@@ -206,6 +206,25 @@ def test_a_vector_given_many_times_does_not_draw_codes_that_cannot_share_it(bala
         assert np.bincount(made.codes_NL[:, 0]).max() <= balance * 230
 
 
+def test_what_is_held_out_leaves_no_trace_in_the_codebook_and_is_described_worse() -> None:
+    vectors = np.random.default_rng(6).normal(size=(900, 8)).astype(np.float32)
+    made = fit(vectors, levels=2, width=32, held_out=0.2)
+    assert len(made.row_O) == 180 == len(np.unique(made.row_O))
+    other = vectors.copy()
+    other[made.row_O] *= 0.5  # on the same grid, and elsewhere
+    again = fit(other, levels=2, width=32, held_out=0.2)
+    assert (again.row_O == made.row_O).all()
+    assert (again.codebook.centroids_LVF == made.codebook.centroids_LVF).all()
+    held = vectors[made.row_O].astype(np.float64)
+    spread = ((held - vectors.astype(np.float64).mean(axis=0)) ** 2).sum(axis=1).mean()
+    for level in range(2):
+        left = held - made.codebook.reconstruct(made.codes_NL[made.row_O, : level + 1])
+        assert made.left_out_L[level] == pytest.approx((left**2).sum(axis=1).mean() / spread, rel=1e-4)
+        assert made.left_out_L[level] > made.left_L[level]
+    few = fit(vectors[:100], levels=2, width=32, held_out=0.2)
+    assert len(few.row_O) == 0 == len(few.left_out_L)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "balance"), [(2, None), (3, 1.2)])
 def test_any_number_of_workers_gives_the_same_codes(
@@ -216,7 +235,8 @@ def test_any_number_of_workers_gives_the_same_codes(
     monkeypatch.setattr(lloyd, "BLOCK", 100)
     vectors = np.random.default_rng(8).normal(size=(950, 6)).astype(np.float32)
     vectors[500:540] = vectors[500]
-    one, several = (fit(vectors, levels=3, width=16, iterations=5, balance=balance, workers=count) for count in (1, workers))
+    one, several = (fit(vectors, levels=3, width=16, iterations=5, balance=balance, held_out=0.1, workers=count) for count in (1, workers))
     assert (several.codes_NL == one.codes_NL).all()
     assert (several.codebook.centroids_LVF == one.codebook.centroids_LVF).all()
     assert several.left_L == one.left_L
+    assert several.left_out_L == one.left_out_L
