@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from oxyray.config import SasrecConfig
+from oxyray.data.covisits import co_visits
 from oxyray.data.requests import timeline
 from oxyray.evaluate.baselines import best
-from oxyray.evaluate.baselines.knn import Knn, similarity
+from oxyray.evaluate.baselines.knn import Knn
 from oxyray.evaluate.baselines.popularity import Popularity
 from oxyray.evaluate.baselines.sasrec import FullCrossEntropy, SasrecNet, train, windows
 from oxyray.evaluate.requests import TEST, asked
@@ -101,10 +102,10 @@ def slow_similarity(shop: Shop, reach: int, backward: float, from_power: float, 
 
 def test_knn_similarity_equals_its_definition():
     shop = Shop(3)
-    found = similarity(shop, shop.items, reach=4, backward=0.3, from_power=0.4, to_power=0.2, neighbours=100)
+    found = co_visits(shop, shop.items, reach=4, backward=0.3, from_power=0.4, to_power=0.2, neighbours=100).similar_II
     want = slow_similarity(shop, 4, 0.3, 0.4, 0.2)
     np.testing.assert_allclose(found.toarray(), want, rtol=1e-5)
-    few = similarity(shop, shop.items, reach=4, backward=0.3, from_power=0.4, to_power=0.2, neighbours=3).toarray()
+    few = co_visits(shop, shop.items, reach=4, backward=0.3, from_power=0.4, to_power=0.2, neighbours=3).similar_II.toarray()
     for i in range(shop.items):
         assert set(np.flatnonzero(few[i])) == set(np.argsort(-want[i], kind="stable")[:3][np.sort(want[i])[::-1][:3] > 0])
 
