@@ -39,6 +39,7 @@ TABLES = {
 }
 CODES = ("tokenizer", "sources")  # tables that compare semantic IDs: each variant has its own
 SEEDS = "1,2,3"
+LOWER = ("load p75", "load p90", "left", "held out")  # metrics that are the better the lower they are
 METRICS = ("HR@1", "HR@10", "NDCG@10")
 Results = dict[str, Any]  # a run's evaluate/metrics.json
 
@@ -162,7 +163,7 @@ def _entry(results: Results, scenario: str | None) -> dict[str, Any]:
 
 
 def markdown(table: str, rows: Sequence[Row]) -> str:
-    """Means over the seeds ± their standard deviation; the highest mean of a column is bold."""
+    """Means over the seeds ± their standard deviation; the best mean of a column is bold, where they differ."""
     names = list(rows[0].values)
     seeds = max(len(row.values["HR@10"]) for row in rows)
     lines = [f"{TABLES[table]}: test split, as specified, {seeds} seed{'s' if seeds > 1 else ''}", ""]
@@ -170,9 +171,10 @@ def markdown(table: str, rows: Sequence[Row]) -> str:
     for row in rows:
         cells = []
         for name in names:
-            text = f"{row.mean(name):.4f}" + (f" ± {row.spread(name):.4f}" if len(row.values[name]) > 1 else "")
-            best = row.mean(name) == max(other.mean(name) for other in rows)
-            cells.append(f"**{text}**" if best else text)
+            text = f"{row.mean(name):.4f}" + (f" ± {row.spread(name):.4f}" if row.spread(name) else "")
+            means = [other.mean(name) for other in rows]
+            best = (min if name.startswith(LOWER) else max)(means)
+            cells.append(f"**{text}**" if row.mean(name) == best and min(means) < max(means) else text)
         lines.append("| " + " | ".join([row.name, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
