@@ -15,13 +15,14 @@ from typing import Any
 from benchmarks.harness import Report, arguments, spread
 from oxyray.cli.compose import check, compose_config
 from oxyray.config import Config, to_dict
-from oxyray.evaluate.table import MODEL_TITLES, OPTIMUM_TITLES, entry
+from oxyray.evaluate.table import ALONE, MODEL_TITLES, OPTIMUM_TITLES, entry
 from oxyray.files import read_json
 from oxyray.pipeline import STAGES, Stage, borrow, run_all
 from oxyray.run import Run
 
 # Item-level recall@10 by protocol.
 GOALS = {"amazon_beauty": {"all": 0.0924, "seen_out": 0.105}, "amazon_sports": {"all": 0.055}}
+OURS = ("policy", ALONE)
 PROTOCOLS = {"all": "as specified", "seen_out": "seen items left out"}
 
 
@@ -68,19 +69,20 @@ def over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
     """The first run's results, the policy's metrics being means over all runs."""
     results = found[0]
     for line in results["table"]:
-        if line["model"] == "policy":
-            same = [entry(each, "policy", line["protocol"], line["level"], line["scenario"]) for each in found]
+        if line["model"] in OURS:
+            same = [entry(each, line["model"], line["protocol"], line["level"], line["scenario"]) for each in found]
             line["metrics"] = {name: statistics.fmean(e["metrics"][name] for e in same if e) for name in line["metrics"]}
     return results
 
 
 def show_seeds(report: Report, found: list[dict[str, Any]], seeds: list[int]) -> None:
-    """The policy's Recall@10 and NDCG@10 by seed, item level."""
+    """Recall@10 and NDCG@10 by seed, item level."""
     rows: list[list[Any]] = []
-    for protocol, title in PROTOCOLS.items():
-        for metric in ("Recall@10", "NDCG@10"):
-            values = [e["metrics"][metric] for each in found if (e := entry(each, "policy", protocol))]
-            rows.append([f"{metric}, {title}", spread(values), *(round(value, 4) for value in values)])
+    for model in (name for name in OURS if name in found[0]["models"]):
+        for protocol, title in PROTOCOLS.items():
+            for metric in ("Recall@10", "NDCG@10"):
+                values = [e["metrics"][metric] for each in found if (e := entry(each, model, protocol))]
+                rows.append([f"{MODEL_TITLES[model]}: {metric}, {title}", spread(values), *(round(value, 4) for value in values)])
     report.table("The policy by seed, item level", ["", "mean", *(f"seed {seed}" for seed in seeds)], rows)
 
 
@@ -137,11 +139,14 @@ def training(report: Report, run: Run) -> None:
 
 def goals(report: Report, results: dict[str, Any]) -> None:
     metrics = {protocol: e["metrics"] for protocol in PROTOCOLS if (e := entry(results, "policy", protocol))}
-    for protocol, goal in GOALS.get(results["data"], {}).items():
-        report.claim(f"item-level recall@10 by generation alone, {PROTOCOLS[protocol]}", metrics[protocol]["Recall@10"], goal, "share")
+    for model in (name for name in OURS if name in results["models"]):
+        for protocol, goal in GOALS.get(results["data"], {}).items():
+            if e := entry(results, model, protocol):
+                title = f"item-level recall@10 of {MODEL_TITLES[model]}, {PROTOCOLS[protocol]}"
+                report.claim(title, e["metrics"]["Recall@10"], goal, "share")
     for model in results["models"]:
         other = entry(results, model, "all")
-        if model != "policy" and other:
+        if model not in OURS and other:
             ratio = metrics["all"]["HR@10"] / max(other["metrics"]["HR@10"], 1e-9)
             report.claim(f"HR@10 beside {MODEL_TITLES[model]}, as specified", ratio, 1.0, "ratio")
     if results.get("optimum"):

@@ -15,6 +15,7 @@ from oxyray.data.requests import request_segments, timeline
 from oxyray.errors import CatalogueError, DataError
 from oxyray.files import read_json
 from oxyray.generate.engine import Generator
+from oxyray.generate.rerank import Rerank
 from oxyray.model.inputs import Inputs
 from oxyray.model.saved import model_folder, read_model
 from oxyray.run import Run
@@ -27,7 +28,8 @@ _CATEGORIES = ("category_1", "category_2", "category_3")
 
 @dataclass(frozen=True)
 class Shown:
-    """One item as people see it. `score` is the log-probability of its SID (None for history); `note` its action or category."""
+    """One item as people see it. `score` is the log-probability of its SID, with the bonus of `generate.followers` in (None for history);
+    `note` its action or category."""
 
     item_id: str
     title: str
@@ -88,7 +90,9 @@ class Recommender:
         config = place.config()
         generate = config.generate
         beams = min(generate.beams, inputs.catalog.index.leaves)
-        generator = Generator(policy, tables.lookup, inputs.catalog.index, inputs.prepared.train_counts_I(), beams, generate.normalise)
+        rerank = Rerank(inputs.followers().to(device), generate.followers) if generate.followers else None
+        counts_I = inputs.prepared.train_counts_I()
+        generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, beams, generate.normalise, rerank)
         quality = place.path("sid", "quality.json")
         made_by = read_json(quality).get("encoder", {}).get("identity") if quality.exists() else None
         return cls(inputs, generator, policy.config, config.sid.encoder, made_by)

@@ -29,9 +29,10 @@ from oxyray.evaluate.lists import PROTOCOLS, kept, legal, seen, sids
 from oxyray.evaluate.optimum import best_possible, slate_values
 from oxyray.evaluate.predictions import Writer, recompute
 from oxyray.evaluate.requests import TEST, Requests, asked
-from oxyray.evaluate.table import published, shown_k, text
+from oxyray.evaluate.table import ALONE, published, shown_k, text
 from oxyray.files import whole, write_json
 from oxyray.generate.engine import Generator
+from oxyray.generate.rerank import Rerank
 from oxyray.model.inputs import Inputs, check_beams
 from oxyray.model.saved import model_folder, read_model
 from oxyray.progress import bar
@@ -65,7 +66,9 @@ class PolicyRecommender:
         check_beams(config, inputs)
         policy, tables = read_model(folder, inputs, device)
         counts_I = inputs.prepared.train_counts_I()
-        generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, config.generate.beams, config.generate.normalise)
+        settings = config.generate
+        rerank = Rerank(inputs.followers().to(device), settings.followers) if settings.followers and name != ALONE else None
+        generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, settings.beams, settings.normalise, rerank)
         return cls(generator, inputs.collator(policy.config), inputs.prepared, policy.config.history, device, name, config.evaluate.hide)
 
     def recommend(self, requests: Requests, depth: int) -> Lists:
@@ -77,12 +80,14 @@ class PolicyRecommender:
 
 def evaluate(config: Config, run: Run) -> None:
     """Read RUN/data, RUN/sid and the policy; write RUN/evaluate whole or not at all, and SASRec's weights to RUN/baselines for the next
-    time. Where the policy was aligned, the supervised one that it started from stands beside it."""
+    time. Where the policy was aligned, the supervised one that it started from stands beside it; with `generate.followers` the policy's
+    beams alone do."""
     inputs = Inputs.load(run)
     check_beams(config, inputs)
     device = "cuda" if config.train.gpu == "auto" and torch.cuda.is_available() else "cpu"
-    folders = {"policy": model_folder(run), "supervised": model_folder(run, aligned=False)}
-    names = ["policy"] if folders["policy"] == folders["supervised"] else ["policy", "supervised"]
+    folders = {"policy": model_folder(run), ALONE: model_folder(run), "supervised": model_folder(run, aligned=False)}
+    names = ["policy"] + ([ALONE] if config.generate.followers else [])
+    names += ["supervised"] if folders["policy"] != folders["supervised"] else []
     models: list[Recommends] = [PolicyRecommender.load(config, inputs, folders[name], device, name) for name in names]
     models += baselines(config, run, inputs.prepared, device)
     with whole(run.path("evaluate")) as part:

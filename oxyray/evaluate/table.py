@@ -15,8 +15,10 @@ Results = dict[str, Any]
 
 TITLES = {"all": "as specified: the scenario's whole pool", "seen_out": "seen out: items of the user's history left out"}
 LEVEL_TITLES = {"item": "item level", "sid": "SID level (items that share a SID count as one)"}
+ALONE = "beams"  # the policy without a second opinion on the order
 MODEL_TITLES = {
     "policy": "OxyRay policy",
+    ALONE: "its beams alone",
     "supervised": "before alignment",
     "popularity": "popularity",
     "knn": "co-visitation KNN",

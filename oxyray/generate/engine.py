@@ -20,6 +20,7 @@ from oxyray.data.batch import Batch
 from oxyray.errors import CatalogueError
 from oxyray.generate.beam import beam_search
 from oxyray.generate.pools import Legal, Pool
+from oxyray.generate.rerank import Rerank
 from oxyray.generate.sample import Samples, Sampling, sample
 from oxyray.generate.score import Normalise
 from oxyray.generate.steps import PolicySteps
@@ -35,7 +36,7 @@ Pools = Pool | None | Sequence[Pool | None]  # one for all requests, or one each
 @dataclass(frozen=True)
 class Generated:
     """Items best first, `item_BR` (-1: none left) with `score_BR` (log-probability of their SID), and the SIDs themselves: leaves of
-    `index`, `leaf_BK`."""
+    `index`, `leaf_BK`. With a `Rerank`, items stand by `score_BR` with its bonus in, and SIDs by their log-probability."""
 
     item_BR: np.ndarray
     score_BR: np.ndarray
@@ -100,12 +101,20 @@ class _Serving:
 
 class Generator:
     """A policy, the rows of its tables and a catalogue's index, ready to answer requests. `order_I` is the tie-break: larger comes
-    first. The vectors of the whole catalogue, which a tied head needs, are computed once: `renew` when weights or rows change."""
+    first. The vectors of the whole catalogue, which a tied head needs, are computed once: `renew` when weights or rows change. `rerank` has
+    the last word on the order of items."""
 
     def __init__(
-        self, policy: Policy, lookup: Lookup, index: PrefixIndex, order_I: np.ndarray, beams: int, normalise: Normalise = "children"
+        self,
+        policy: Policy,
+        lookup: Lookup,
+        index: PrefixIndex,
+        order_I: np.ndarray,
+        beams: int,
+        normalise: Normalise = "children",
+        rerank: Rerank | None = None,
     ) -> None:
-        self.lookup, self.beams, self.normalise = lookup, beams, normalise
+        self.lookup, self.beams, self.normalise, self.rerank = lookup, beams, normalise, rerank
         self._serving = _Serving.of(policy, index, order_I)
 
     @property
@@ -178,6 +187,7 @@ class Generator:
         leaf_BK, logprob_BK = beams.leaf_BK.cpu().numpy(), beams.logprob_BK.float().cpu().numpy()
         item_BR = np.full((len(leaf_BK), items), -1, dtype=np.int64)
         score_BR = np.full((len(leaf_BK), items), -np.inf, dtype=np.float32)
+        opinion = self.rerank.of(batch) if self.rerank else None
         for b, leaf_K in enumerate(leaf_BK):
             real = leaf_K >= 0
             found, place = serving.below(leaf_K[real])
@@ -187,6 +197,10 @@ class Generator:
             if exclude is not None and len(exclude[b]):
                 keep &= ~np.isin(found, exclude[b])
             found, score = found[keep], logprob_BK[b][real][place[keep]]
+            if opinion is not None:
+                score = score + opinion.bonus(b, found).astype(score.dtype)
+                order = np.argsort(-score, kind="stable")
+                found, score = found[order], score[order]
             if cap is not None:
                 keep = cap.keep(found)
                 found, score = found[keep], score[keep]

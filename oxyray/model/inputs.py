@@ -72,9 +72,12 @@ class Inputs:
     def teach(self, policy: Policy, held_back: float = 0.0) -> Policy:
         """Give a policy what it learns from besides the events themselves (`model.followers`), of the training events without those that
         are held back."""
-        if policy.config.followers:
-            policy.followers = Followers(co_visits(HeldBack(self.prepared, held_back), self.vocab.items, neighbours=KEPT))
+        policy.followers = self.followers(held_back) if policy.config.followers else None
         return policy
+
+    def followers(self, held_back: float = 0.0) -> Followers:
+        """Of the training events, without those that are held back."""
+        return Followers(co_visits(HeldBack(self.prepared, held_back), self.vocab.items, neighbours=KEPT))
 
     def tables(self, config: ModelConfig) -> list[TableSpec]:
         """The sparse tables beside the policy: items, and users when asked for."""

@@ -16,7 +16,7 @@ from oxyray.evaluate import sasrec_cache
 from oxyray.evaluate.predictions import recompute
 from oxyray.evaluate.requests import TEST, asked
 from oxyray.evaluate.runner import PolicyRecommender, evaluate
-from oxyray.evaluate.table import published, text
+from oxyray.evaluate.table import entry, published, text
 from oxyray.files import read_json
 from oxyray.model.inputs import Inputs
 from oxyray.model.saved import model_folder
@@ -116,10 +116,10 @@ def test_the_table_equals_the_definitions(evaluated):
                     sums[(*at, f"Recall@{k}")] += len(goal & set(top)) / len(goal)
                     sums[(*at, f"NDCG@{k}")] += 1 / math.log2(2 + top.index(aim)) if aim in top else 0
     assert len(results["table"]) == len(counts) == 4 * 2 * 2 * 3
-    for entry in results["table"]:
-        at = entry["model"], entry["protocol"], entry["level"], entry["scenario"]
-        assert entry["requests"] == counts[at]
-        for name, value in entry["metrics"].items():
+    for line in results["table"]:
+        at = line["model"], line["protocol"], line["level"], line["scenario"]
+        assert line["requests"] == counts[at]
+        for name, value in line["metrics"].items():
             assert value == pytest.approx(sums[(*at, name)] / counts[at], abs=1e-12), (at, name)
     policy = {(e["protocol"], e["level"]): e["metrics"] for e in results["table"] if e["model"] == "policy" and e["scenario"] is None}
     for row in results["against"]:
@@ -235,6 +235,18 @@ def test_published_rows_need_the_published_set(evaluated):
     assert all(0 < value < 0.2 for row in rows for name, value in row.items() if "@" in name)
     assert published(replace(beauty, split="time")) == []
     assert {row["set"] for row in rows} == {"amazon_beauty"}
+
+
+def test_with_a_second_opinion_the_beams_alone_stand_beside_it(tmp_path):
+    config, run = whole_run(tmp_path)
+    config = replace(config, evaluate=replace(config.evaluate, baselines=()))
+    evaluate(config, run)
+    plain = json.loads(run.path("evaluate", "metrics.json").read_text())
+    evaluate(replace(config, generate=replace(config.generate, followers=2.0)), run)
+    both = json.loads(run.path("evaluate", "metrics.json").read_text())
+    assert (plain["models"], both["models"]) == (["policy"], ["policy", "beams"])
+    assert entry(both, "beams", "all")["metrics"] == entry(plain, "policy", "all")["metrics"]
+    assert entry(both, "policy", "all")["metrics"] != entry(plain, "policy", "all")["metrics"]
 
 
 def test_what_is_hidden_from_the_policy_is_not_read(tmp_path):
