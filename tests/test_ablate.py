@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from oxyray.cli.ablate import TABLES, collected, markdown, picture
-from oxyray.cli.compose import choices
+from oxyray.cli.ablate import TABLES, _variants, collected, markdown, picture
+from oxyray.cli.compose import check, choices, compose_config
 from oxyray.errors import RunError
 from oxyray.files import write_json
+from oxyray.pipeline import STAGES, run_all
 from tests.test_cli import said
 
 
@@ -81,3 +82,12 @@ def test_every_table_has_variants_and_an_unknown_one_is_named(capsys: pytest.Cap
     code, _, err = said(capsys, "ablate", "positon")
     assert code == 2
     assert f"expected a table first, one of {', '.join(TABLES)}" in err
+
+
+def test_models_of_one_scenario_are_asked_for_where_the_data_has_that_scenario(tmp_path: Path) -> None:
+    config = compose_config(check(["data=mall", "data.mall.size=tiny", f"run_dir={tmp_path}"]))
+    before = _variants("unified", config, None).split(",")
+    assert {"unified_all", "unified_search", "unified_amazon_beauty"} <= set(before)
+    run_all(config, [stage for stage in STAGES if stage.name == "prepare"])
+    after = _variants("unified", config, None).split(",")
+    assert set(before) - set(after) == {"unified_amazon_beauty", "unified_amazon_sports"}

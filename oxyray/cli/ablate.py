@@ -21,6 +21,8 @@ from oxyray import pipeline
 from oxyray.cli.compose import check, choices, compose_config
 from oxyray.cli.sweep import sweep
 from oxyray.cluster.start import one_ray
+from oxyray.config import Config
+from oxyray.data.prepared import Prepared
 from oxyray.errors import RunError
 from oxyray.evaluate.table import entry
 from oxyray.files import read_json, write_json
@@ -66,12 +68,13 @@ def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None,
     shared = [word for word in overrides if word not in asked]
     config = compose_config(check([word for word in shared if not word.startswith("hydra")], config_dir=config_dir))
     folder = Run(config.run_dir).folder.absolute() / "ablation" / table
-    axes = {"ablation": _variants(table, config_dir), "train.seed": SEEDS} | dict(word.split("=", 1) for word in asked)
+    if not dry_run:
+        pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "fuse", "sid")])
+    axes = {"ablation": _variants(table, config, config_dir), "train.seed": SEEDS} | dict(word.split("=", 1) for word in asked)
     words = [*shared, "evaluate.baselines=[]", *(f"{key}={values}" for key, values in axes.items()), f"hydra.sweep.dir={folder}"]
     swept = check(words, sweep=True, config_dir=config_dir)
     if dry_run:
         return sweep("prepare", swept, dry_run)
-    pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "fuse", "sid")])
     shares = "hydra/launcher=ray" not in shared  # jobs one after the other; else the launcher has a Ray of its own
     with one_ray(config.processes) if shares else nullcontext():
         stages = ("fuse", "sid", "pretrain", "evaluate") if table in CODES else ("pretrain", "evaluate")
@@ -87,8 +90,13 @@ def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None,
     return failed
 
 
-def _variants(table: str, config_dir: Path | None) -> str:
-    return ",".join(name for name in choices(config_dir)["ablation"] if name.startswith(f"{table}_"))
+def _variants(table: str, config: Config, config_dir: Path | None) -> str:
+    """The table's choices of `ablation`; of those that are named after a scenario, the ones that the data has, once it is prepared."""
+    names, data = [name for name in choices(config_dir)["ablation"] if name.startswith(f"{table}_")], Run(config.run_dir).path("data")
+    if table == "unified" and data.exists():
+        known = [f"unified_{name}" for name in ("all", *Prepared.load(data).meta.scenarios)]
+        names = [name for name in names if name in known]
+    return ",".join(names)
 
 
 def collected(folder: Path, table: str, variants: Sequence[str]) -> list[Row]:
