@@ -11,6 +11,7 @@ Legend: N vectors, F dimensions, L levels, V codes a level, O vectors held out.
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from oxyray.config import ClusterConfig
 from oxyray.errors import CatalogueError
 from oxyray.files import whole
 from oxyray.progress import bar
-from oxyray.sid.lloyd import Nearest, Shards, different, farthest, lloyd, shards, squares, to_grid, within
+from oxyray.sid.lloyd import BLOCK, Nearest, Shards, different, farthest, lloyd, shards, squares, to_grid, within
 
 Array = np.ndarray
 
@@ -138,9 +139,9 @@ def fit(
         )
     codes_NL = np.empty((len(vectors_NF), levels), dtype=np.int32)
     centroids, unused, left, left_out = [], [], [], []
-    apart_NF = vectors_NF - vectors_NF.mean(axis=0)
+    mean_F = vectors_NF.mean(axis=0, dtype=np.float64)
     rest, row_O = _learned(len(vectors_NF), held_out if distinct >= _LEAST_POINTS_PER_CODE * width else 0.0, seed)
-    variance, variance_out = _mean_square(apart_NF), _mean_square(apart_NF[row_O]) if len(row_O) else 0.0
+    variance, variance_out = (_spread(some_NF, mean_F) for some_NF in (vectors_NF, vectors_NF[row_O]))
     progress = bar(levels, "RQ-KMeans", "level")
     with shards(vectors_NF, workers, cluster) as held:
         for level in range(levels):
@@ -209,7 +210,8 @@ def _checked(vectors_NF: Array) -> Array:
     vectors_NF = np.ascontiguousarray(vectors_NF, dtype=np.float32)
     if vectors_NF.ndim != 2 or vectors_NF.shape[1] == 0:
         raise CatalogueError(f"vectors must be (items, dimensions), got shape {vectors_NF.shape}")
-    bad = np.flatnonzero(~np.isfinite(vectors_NF).all(axis=1))
+    sound = [np.isfinite(vectors_NF[first : first + BLOCK]).all(axis=1) for first in range(0, len(vectors_NF), BLOCK)]
+    bad = np.flatnonzero(~np.concatenate([*sound, np.zeros(0, dtype=bool)]))
     if len(bad):
         raise CatalogueError(
             f"{len(bad)} vectors hold NaN or infinite values, the first in row {bad[0]}: look at that item's text and at the encoder"
@@ -217,8 +219,10 @@ def _checked(vectors_NF: Array) -> Array:
     return vectors_NF
 
 
-def _mean_square(vectors_NF: Array) -> float:
-    return float(np.einsum("nf,nf->n", vectors_NF, vectors_NF, dtype=np.float64).mean())
+def _spread(vectors_NF: Array, mean_F: Array) -> float:
+    """Mean squared distance to `mean_F`, 0 of none; block by block, as the vectors may fill the memory."""
+    apart = (vectors_NF[first : first + BLOCK] - mean_F for first in range(0, len(vectors_NF), BLOCK))
+    return math.fsum(float((apart_NF**2).sum()) for apart_NF in apart) / max(len(vectors_NF), 1)
 
 
 def power_below(count: int) -> int:
