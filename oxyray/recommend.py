@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from oxyray.config import ModelConfig
+from oxyray.data.covisits import co_visits
 from oxyray.data.prepared import Prepared
 from oxyray.data.requests import request_segments, timeline
 from oxyray.errors import CatalogueError, DataError
@@ -90,8 +91,8 @@ class Recommender:
         config = place.config()
         generate = config.generate
         beams = min(generate.beams, inputs.catalog.index.leaves)
-        rerank = Rerank(inputs.followers().to(device), generate.followers) if generate.followers else None
         counts_I = inputs.prepared.train_counts_I()
+        rerank = Rerank(co_visits(inputs.prepared, len(counts_I)), generate.followers) if generate.followers else None
         generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, beams, generate.normalise, rerank)
         quality = place.path("sid", "quality.json")
         made_by = read_json(quality).get("encoder", {}).get("identity") if quality.exists() else None

@@ -58,7 +58,7 @@ class Learner:
         self.requests = Requests(self.inputs, config, settings)
         model = config.model
         start, tables = read_model(run.need("pretrain", "model", stage="pretrain"), self.inputs)
-        policy = self.inputs.teach(self.inputs.policy(model))
+        policy = self.inputs.policy(model)
         policy.load_state_dict(start.state_dict())
         self.pools = Pools(self.inputs, policy.tree)
         aligned = AlignedPolicy(policy, settings.objective, settings.supervised_rate, settings.temperature)

@@ -125,8 +125,6 @@ class ModelConfig:
     item_loss: weight of the auxiliary item-level loss; 0 turns it off
     item_negatives: items drawn from the catalogue as negatives of the item-level loss; 0: all of them (tied head)
     distill: weight of the codes' cross-entropy to the item-level softmax (tied head, item_negatives=0); 0 turns it off
-    followers: share of what the item-level loss and `distill` learn that is what other users took after the same items, instead of the item
-        itself (tied head, item_negatives=0); 0 turns it off
     repeats: learn, for each scenario, how much more or less likely an item is that its user has had already
     """
 
@@ -146,7 +144,6 @@ class ModelConfig:
     item_loss: float = 0.5
     item_negatives: int = 2048
     distill: float = 0.0
-    followers: float = 0.0
     repeats: bool = False
     instruction: InstructionConfig = field(default_factory=InstructionConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -179,12 +176,6 @@ class ModelConfig:
             self.distill == 0 or possible,
             "model.distill",
             "learns from the whole item softmax: set model.head=tied, model.item_loss above 0 and model.item_negatives=0",
-        )
-        need(0 <= self.followers < 1, "model.followers", f"is a share in [0, 1), got {self.followers}")
-        need(
-            self.followers == 0 or possible,
-            "model.followers",
-            "teaches the whole item softmax: set model.head=tied, model.item_loss above 0 and model.item_negatives=0",
         )
 
 

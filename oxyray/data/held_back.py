@@ -17,8 +17,6 @@ from oxyray.data.prepared import Prepared
 
 Array = np.ndarray
 
-HELD = 3  # a split of its own for training events that are held back
-
 
 class HeldBack:
     """The newest `share` of the training events: by time, or of each user (there rounded up, but never the user's first)."""
@@ -26,17 +24,6 @@ class HeldBack:
     def __init__(self, prepared: Prepared, share: float) -> None:
         self.prepared, self.share = prepared, share
         self._from = self._moment() if share and prepared.meta.valid_start is not None else None
-
-    @property
-    def parts(self) -> int:
-        return self.prepared.parts
-
-    def events(self, part: int) -> dict[str, Array]:
-        """A part's events, those that are held back in the split `HELD`."""
-        return self.marked(self.prepared.events(part))
-
-    def marked(self, events: dict[str, Array]) -> dict[str, Array]:
-        return events | {"split": np.where(self.among(events), HELD, events["split"])}
 
     def among(self, events: dict[str, Array]) -> Array:
         """Which of a part's events (`Prepared.events(part)`: sorted by user and time) are held back: bool_N."""

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 
 from oxyray.data.batch import Batch, ItemBlock, Tensor, offsets
-from oxyray.data.held_back import HELD, HeldBack
+from oxyray.data.held_back import HeldBack
 from oxyray.data.order import TRAIN
 from oxyray.data.prepared import Prepared
 from oxyray.data.requests import Segments, Timeline, request_segments, timeline, training_segments
 from oxyray.errors import DataError
 
 Array = np.ndarray
+
+_HELD = 3  # a split of its own for training events that are held back
 
 
 @dataclass(frozen=True)
@@ -219,12 +221,14 @@ class SegmentStream:
         """Targets are all training events, those before the ones that are held back, or the latter alone; these see all that was before
         them."""
         if self._which != "all":
-            events = self._held_back.marked(events)
+            held_N = self._held_back.among(events)
+            split_N = np.where(held_N, _HELD, events["split"])
+            events = events | {"split": split_N}
         if self._which != "held_back":
             time = timeline(events, splits=(TRAIN,))
             return time, training_segments(time, self.history, self.one_query)
-        time = timeline(events, splits=(TRAIN, HELD))
-        return time, request_segments(time, np.flatnonzero(time.split_E == HELD), self.history)
+        time = timeline(events, splits=(TRAIN, _HELD))
+        return time, request_segments(time, np.flatnonzero(time.split_E == _HELD), self.history)
 
     def _part_steps(self, part: int) -> int:
         return self._steps_of(self._part(part)[1])

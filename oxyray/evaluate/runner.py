@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from oxyray.config import Config
+from oxyray.data.covisits import co_visits
 from oxyray.data.prepared import Prepared
 from oxyray.data.requests import request_segments
 from oxyray.data.stream import Collator
@@ -67,7 +68,7 @@ class PolicyRecommender:
         policy, tables = read_model(folder, inputs, device)
         counts_I = inputs.prepared.train_counts_I()
         settings = config.generate
-        rerank = Rerank(inputs.followers().to(device), settings.followers) if settings.followers and name != ALONE else None
+        rerank = Rerank(co_visits(inputs.prepared, len(counts_I)), settings.followers) if settings.followers and name != ALONE else None
         generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, settings.beams, settings.normalise, rerank)
         return cls(generator, inputs.collator(policy.config), inputs.prepared, policy.config.history, device, name, config.evaluate.hide)
 

@@ -10,12 +10,9 @@ import numpy as np
 import torch
 
 from oxyray.config import Config, ModelConfig, TrainConfig
-from oxyray.data.covisits import co_visits
-from oxyray.data.held_back import HeldBack
 from oxyray.data.prepared import Prepared
 from oxyray.data.stream import Collator, ItemFeatures
 from oxyray.errors import CatalogueError, ConfigError, RunError
-from oxyray.model.followers import KEPT, Followers
 from oxyray.model.items import Vocab
 from oxyray.model.policy import Policy
 from oxyray.model.tables import TableSpec
@@ -68,16 +65,6 @@ class Inputs:
 
     def policy(self, config: ModelConfig) -> Policy:
         return Policy(config, self.vocab, self.catalog.index)
-
-    def teach(self, policy: Policy, held_back: float = 0.0) -> Policy:
-        """Give a policy what it learns from besides the events themselves (`model.followers`), of the training events without those that
-        are held back."""
-        policy.followers = self.followers(held_back) if policy.config.followers else None
-        return policy
-
-    def followers(self, held_back: float = 0.0) -> Followers:
-        """Of the training events, without those that are held back."""
-        return Followers(co_visits(HeldBack(self.prepared, held_back), self.vocab.items, neighbours=KEPT))
 
     def tables(self, config: ModelConfig) -> list[TableSpec]:
         """The sparse tables beside the policy: items, and users when asked for."""

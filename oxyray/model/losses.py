@@ -56,28 +56,18 @@ def distilled_roots(logit_Qn: Tensor, item_prob_QU: Tensor, root_U: Tensor) -> T
 
 
 def item_nll(
-    query_QD: Tensor,
-    item_UD: Tensor,
-    target_Q: Tensor,
-    negative_N: Tensor | None,
-    items: int,
-    had: Had | None = None,
-    others: tuple[float, Tensor] | None = None,
+    query_QD: Tensor, item_UD: Tensor, target_Q: Tensor, negative_N: Tensor | None, items: int, had: Had | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Item-level softmax: over all U items where `negative_N` is None, or over the target and those drawn uniformly from the catalogue of
     `items`, with the log of the sampling rate corrected. Gives the loss (Q,) and, from the full softmax, the probabilities (Q, U) without
-    gradient. With `others`, a share and what else is right (Q, U), the full softmax learns that share from it, and so do the probabilities.
+    gradient.
 
     An accidental draw of the target itself is masked out.
     """
     if negative_N is None:
         logit_QU = query_QD @ item_UD.T
         logprob_QU = torch.log_softmax(logit_QU if had is None else had.add_all(-1, logit_QU), dim=-1)
-        nll_Q, prob_QU = -logprob_QU.gather(1, target_Q[:, None])[:, 0], logprob_QU.detach().exp()
-        if others is None:
-            return nll_Q, prob_QU
-        share, right_QU = others
-        return (1 - share) * nll_Q - share * (right_QU * logprob_QU).sum(-1), (1 - share) * prob_QU + share * right_QU
+        return -logprob_QU.gather(1, target_Q[:, None])[:, 0], logprob_QU.detach().exp()
     logit_QN = query_QD @ item_UD[negative_N].T + math.log((items - 1) / len(negative_N))
     if had is not None:
         logit_QN = had.add_drawn(negative_N, logit_QN)

@@ -17,11 +17,10 @@ from torch.nn import functional as F
 
 from oxyray.config import ModelConfig
 from oxyray.data.batch import Batch, pad_index
-from oxyray.errors import CatalogueError, TrainingError
+from oxyray.errors import CatalogueError
 from oxyray.model.context import Context
 from oxyray.model.decoder import BeamState, Decoder, Memory
 from oxyray.model.encoder import Encoder
-from oxyray.model.followers import Followers
 from oxyray.model.head import Head, Tree
 from oxyray.model.instruction import Instruction, Told, segments_of
 from oxyray.model.items import Clock, ItemEncoder, Vocab
@@ -90,7 +89,6 @@ class Policy(nn.Module):
         self.head = Head(D, vocab.levels, vocab.width, config.head == "tied")
         self.item_query = nn.Linear(D, D, bias=False)
         self.repeats = Repeats(vocab.scenarios, vocab.levels) if config.repeats else None
-        self.followers: Followers | None = None  # what a teacher knows: given before training, and no part of the model
         for table in (self.action, self.event_scenario, *self.profile, *([self.event_gap] if self.event_gap else [])):
             nn.init.normal_(table.weight, std=0.02)
         nn.init.eye_(self.state.weight)
@@ -111,8 +109,7 @@ class Policy(nn.Module):
         parts: dict[str, Tensor] = {}
         if self.config.item_loss:
             query_QD = self.item_query(hidden_QTD[:, 0])
-            others = self._others(batch)
-            parts["item"], prob_QU = item_nll(query_QD, item_UD, batch.target_Q, batch.negative_N, self.vocab.items, had, others)
+            parts["item"], prob_QU = item_nll(query_QD, item_UD, batch.target_Q, batch.negative_N, self.vocab.items, had)
         if self.head.tied:
             parts |= self._tied_losses(hidden_QTD, vectors, item_Q, prob_QU if self.config.distill else None, had)
         else:
@@ -193,14 +190,6 @@ class Policy(nn.Module):
         """Feed the chosen node of `level` to each beam; beams continue `origin_BK` of the step before (None: in the same order)."""
         x_BKD = self._token(level, self.tree.code(level)[node_BK]) + decoding.state_BD[:, None]
         decoding.hidden_BKD = self.decoder.advance(x_BKD, decoding.states, decoding.memory, origin_BK)
-
-    def _others(self, batch: Batch) -> tuple[float, Tensor] | None:
-        """What the item softmax learns in training besides the item taken, and its share."""
-        if not (self.config.followers and self.training):
-            return None
-        if self.followers is None:
-            raise TrainingError("model.followers is set, but the policy knows none: call Inputs.teach(policy) before training")
-        return self.config.followers, self.followers(batch)
 
     def _had(self, batch: Batch) -> Had | None:
         return None if self.repeats is None else self.repeats(self.tree, batch)

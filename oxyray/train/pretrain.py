@@ -49,7 +49,7 @@ class PolicyTask:
         return {"model": to_dict(self.config.model), "train": deciding(self.settings), **data}
 
     def module(self) -> nn.Module:
-        return self.inputs.teach(self.inputs.policy(self.config.model), self.settings.hold_back)
+        return self.inputs.policy(self.config.model)
 
     def tables(self) -> list[TableSpec]:
         return self.inputs.tables(self.config.model)

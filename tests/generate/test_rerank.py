@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from oxyray.data.covisits import CoVisits
 from oxyray.generate.engine import Cap, Generator
-from oxyray.generate.rerank import Rerank
-from oxyray.model.followers import DECAY, LATEST, Followers
+from oxyray.generate.rerank import DECAY, FLOOR, LATEST, Rerank
 from tests.model.toys import Toy
 
 
@@ -30,7 +28,7 @@ def test_items_stand_by_probability_and_followers(head: str, weight: float) -> N
     held = visits(40)
     batch = toy.request_batch(np.arange(0, len(toy.timeline.item_E), 5))
     beams = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30)
-    ranked = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30, rerank=Rerank(Followers(held), weight))
+    ranked = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30, rerank=Rerank(held, weight))
     plain, found = beams.generate(batch, 40), ranked.generate(batch, 7)
     similar_II = held.similar_II.toarray()
     changed = 0
@@ -40,7 +38,7 @@ def test_items_stand_by_probability_and_followers(head: str, weight: float) -> N
         strength_I = sum((DECAY**age * similar_II[item] for age, item in enumerate(latest)), np.zeros(40))
         real = plain.item_BR[b] >= 0
         items = plain.item_BR[b][real]
-        score = plain.score_BR[b][real] + weight * np.log(strength_I[items] + 1e-3)
+        score = plain.score_BR[b][real] + weight * np.log(strength_I[items] + FLOOR)
         order = np.argsort(-score, kind="stable")[:7]
         np.testing.assert_allclose(found.score_BR[b], score[order], rtol=1e-4)
         assert found.item_BR[b].tolist() == items[order].tolist()
@@ -52,7 +50,7 @@ def test_items_stand_by_probability_and_followers(head: str, weight: float) -> N
 def test_nobody_is_moved_for_a_newcomer_and_a_cap_counts_in_the_new_order() -> None:
     toy = Toy()
     batch = toy.request_batch(np.arange(0, len(toy.timeline.item_E), 7))
-    ranked = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30, rerank=Rerank(Followers(visits(40)), 2.0))
+    ranked = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30, rerank=Rerank(visits(40), 2.0))
     plain = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30)
     new = int((batch.visible_Q == 0).nonzero()[0])
     assert ranked.generate(batch, 10).item_BR[new].tolist() == plain.generate(batch, 10).item_BR[new].tolist()
@@ -68,10 +66,11 @@ def test_items_that_the_log_does_not_know_have_no_followers() -> None:
     toy = Toy()
     few = visits(25)  # the catalogue has grown since
     batch = toy.request_batch(np.arange(0, len(toy.timeline.item_E), 5))
-    near_QT, weight_QT = Followers(few).of(batch)
-    assert int(near_QT.max()) < 25
-    late_Q = torch.tensor(
+    opinion = Rerank(few, 1.0).of(batch)
+    assert opinion.near_QT.max() < 25
+    late_Q = np.array(
         [bool((batch.item_N[int(o) : int(o) + int(v)] >= 25).all()) for o, v in zip(batch.history_offset, batch.visible_Q, strict=False)]
     )
     assert late_Q.any()
-    assert (weight_QT[late_Q] == 0).all()
+    assert (opinion.strength_QT[late_Q] == 0).all()
+    assert (opinion.bonus(0, np.arange(40))[25:] == np.log(FLOOR)).all()
