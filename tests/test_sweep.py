@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+from oxyray.cli.compose import check
+from oxyray.cli.jobs import Job, Outcome
+from oxyray.cli.sweep import sweep
+from oxyray.errors import Stopped
+
 # A shop that is made in a moment.
 SMALL = [
     "data.mall.size=tiny",
@@ -102,6 +107,22 @@ def test_jobs_that_train_share_the_base_and_one_ray(tmp_path: Path) -> None:
     assert not (tmp_path / "base" / "pretrain").exists()
     assert "| fused |" in (folder / "table.md").read_text()
     assert "<svg" in (folder / "table.svg").read_text()
+
+
+def test_a_sweep_that_is_asked_to_end_starts_no_other_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def stopped(job: Job) -> Outcome:
+        ran.append(job.number)
+        raise Stopped("pretrain: stopped, give the same command again")
+
+    monkeypatch.setattr("oxyray.cli.sweep.run_job", stopped)
+    words = check(["seed=1,2,3", f"run_dir={tmp_path}/base", f"hydra.sweep.dir={tmp_path}/sweep"], sweep=True)
+    (tmp_path / "sweep").mkdir()
+    with pytest.raises(Stopped, match="give the same command again"):
+        sweep("pretrain", words)
+    assert ran == [0]
+    assert [job["error"].split(",")[0] for job in jobs(tmp_path / "sweep")] == ["stopped: pretrain: stopped", "not started", "not started"]
 
 
 @pytest.mark.ray

@@ -1,6 +1,6 @@
 """The jobs of a sweep: each is one command with its own configuration and its own run folder, run here or as a Ray task.
 
-A job never ends a sweep: whatever happens to it becomes an `Outcome`, which is printed as soon as it is known. What the base run folder
+A job's failure never ends a sweep: it becomes an `Outcome`, which is printed as soon as it is known; SIGTERM does. What the base run folder
 (the configuration's `run_dir`) or a job beside it already holds and fits the job is linked into the job's folder, so a sweep over the
 policy shares one catalogue.
 """
@@ -17,7 +17,7 @@ from oxyray import pipeline
 from oxyray.cli.run import complain, known_error, log_hint, perform, rehearse
 from oxyray.cluster.start import start
 from oxyray.config import Config, from_dict
-from oxyray.errors import ClusterError
+from oxyray.errors import ClusterError, Stopped
 from oxyray.run import Run
 
 _POLL_S = 10.0
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def run_job(job: Job) -> Outcome:
-    """Run one job. Never raises, but for an interruption by the user."""
+    """Run one job. Never raises, but for an interruption by the user and Stopped."""
     started = time.time()
     outcome = Outcome(number=job.number, words=job.words, folder=job.folder, seconds=0.0)
     try:
@@ -61,6 +61,8 @@ def run_job(job: Job) -> Outcome:
                 pipeline.borrow(Run(holder), Run(job.folder), config, job.stage)
             Run(job.folder).write_config(config)  # also where all is borrowed, and no stage writes it
         (rehearse if job.dry_run else perform)(job.stage, config)
+    except Stopped:
+        raise
     except Exception as error:  # a job's failure is its outcome
         known = known_error(error)
         if known is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from oxyray.cli.compose import Words, compose_config, hydra_here, parse, refuse_code, translated
 from oxyray.cli.jobs import Job, Outcome, announce, run_job
-from oxyray.errors import ConfigError
+from oxyray.errors import ConfigError, Stopped
 from oxyray.files import write_json
 
 
@@ -29,12 +29,18 @@ class SweepTask:
 
     def __init__(self, stage: str, dry_run: bool, swept: set[str]) -> None:
         self.stage, self.dry_run, self.swept = stage, dry_run, swept
+        self.stopped: Stopped | None = None  # by SIGTERM: Hydra would go on with the next job
 
     def __call__(self, config: DictConfig) -> Outcome:
         job = self.job(config, HydraConfig.get())
-        print(f"job {job.number} ({job.words}): starts, in {job.folder}", flush=True)
-        outcome = run_job(job)
-        announce(outcome)
+        outcome = Outcome(number=job.number, words=job.words, folder=job.folder, seconds=0.0, error="not started, as the sweep was stopped")
+        if self.stopped is None:
+            print(f"job {job.number} ({job.words}): starts, in {job.folder}", flush=True)
+            try:
+                outcome = run_job(job)
+                announce(outcome)
+            except Stopped as stopped:
+                self.stopped, outcome = stopped, replace(outcome, error=f"stopped: {stopped}")
         return outcome
 
     def job(self, config: DictConfig, hydra: Any) -> Job:
@@ -49,7 +55,8 @@ class SweepTask:
 
 
 def sweep(stage: str, words: Words, dry_run: bool = False) -> int:
-    """Run the sweep; gives the exit code: 0 when every job went well. Raises ConfigError before any job starts when one cannot work."""
+    """Run the sweep; gives the exit code: 0 when every job went well. Raises ConfigError before any job starts when one cannot work,
+    Stopped after SIGTERM."""
     overrides = parse([word for word in words.values if not word.startswith(("hydra.", "hydra/"))])
     swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     combinations = _combinations(overrides)
@@ -61,9 +68,12 @@ def sweep(stage: str, words: Words, dry_run: bool = False) -> int:
     with hydra_here(), translated():
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        returns = hydra.multirun("config", SweepTask(stage, dry_run, swept), list(words.values), with_log_configuration=False)
-    outcomes = [job_return.return_value for batch in returns for job_return in batch]
-    return _end(outcomes)
+        task = SweepTask(stage, dry_run, swept)
+        returns = hydra.multirun("config", task, list(words.values), with_log_configuration=False)
+    code = _end([job_return.return_value for batch in returns for job_return in batch])
+    if task.stopped is not None:
+        raise task.stopped
+    return code
 
 
 def _combinations(overrides: Sequence[Override]) -> list[list[str]]:
