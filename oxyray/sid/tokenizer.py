@@ -71,6 +71,12 @@ class Tokenizer:
         self.folder = run.need("sid", stage="sid")
         self.catalog = Catalog.load(self.folder / "catalog")
         self.codebook, self._joiner = RQKMeans.load(self.folder / "codebook.npz"), Joiner.load(self.folder / "joiner.npz")
+        more = self.catalog.levels - self.codebook.levels
+        if self.codebook.width != self.catalog.width or more not in (0, 1):  # an extra level has no centroids
+            raise CatalogueError(
+                f"{self.folder}: the codebook has {self.codebook.levels} levels of {self.codebook.width} codes, the catalogue "
+                f"{self.catalog.levels} of {self.catalog.width}: they are not of one run; run `oxyray sid` again"
+            )
         self._figures: dict[str, Any] = read_json(self.folder / "quality.json")
 
     @classmethod

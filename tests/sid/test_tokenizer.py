@@ -9,7 +9,7 @@ import pytest
 
 from oxyray.errors import CatalogueError, RunError
 from oxyray.sid import stage
-from oxyray.sid.rqkmeans import fit
+from oxyray.sid.rqkmeans import RQKMeans, fit
 from oxyray.sid.tokenizer import Drift, Tokenizer, errors_at_fit
 from tests.sid.test_stage import cache, made
 
@@ -35,6 +35,14 @@ def test_there_and_back(tokenizer: Tokenizer) -> None:
         tokenizer.sids(["nobody"])
     with pytest.raises(CatalogueError, match="got 9"):
         tokenizer.items([0] * 9)
+
+
+def test_a_codebook_of_another_width_is_refused(tokenizer: Tokenizer) -> None:
+    book = tokenizer.codebook.centroids_LVF
+    for other, says in ((book[:, :-1], f"of {book.shape[1] - 1} codes"), (np.concatenate([book, book]), f"has {2 * len(book)} levels")):
+        RQKMeans(np.ascontiguousarray(other)).save(tokenizer.folder / "codebook.npz")
+        with pytest.raises(CatalogueError, match=f"{says}.* not of one run"):
+            Tokenizer.load(tokenizer.run.folder)
 
 
 def test_a_run_without_sids_is_told(tmp_path: Path, cache: Path) -> None:
