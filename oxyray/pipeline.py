@@ -241,9 +241,11 @@ def _before(name: str, stages: Sequence[Stage]) -> list[str]:
 
 def why_stale(stage: Stage, config: Config, run: Run, *, check_files: bool = True) -> str | None:
     """One line on why the stage must run, or None when what it wrote is fresh."""
-    stamp = _stamp(stage, run)
-    if stamp is None or not run.path(stage.folder).exists():
+    stamp, folder = _stamp(stage, run), run.path(stage.folder)
+    if stamp is None or not folder.exists():
         return "not made yet"
+    if folder.is_symlink() and _made(stage.name, Run(folder.resolve().parent)) != stamp["made"]:
+        return "the run that it is borrowed from has made it anew since"
     if stamp.get("form", 1) != stage.form:
         return "made by another version of OxyRay"
     changed = _differences(_deciding(stage, stamp["settings"]), _settings(stage, config))

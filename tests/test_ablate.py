@@ -9,6 +9,7 @@ import pytest
 
 from oxyray.cli.ablate import TABLES, _variants, collected, markdown, picture
 from oxyray.cli.compose import check, choices, compose_config
+from oxyray.cli.jobs import _beside
 from oxyray.errors import RunError
 from oxyray.files import write_json
 from oxyray.pipeline import STAGES, run_all
@@ -91,3 +92,13 @@ def test_models_of_one_scenario_are_asked_for_where_the_data_has_that_scenario(t
     run_all(config, [stage for stage in STAGES if stage.name == "prepare"])
     after = _variants("unified", config, None).split(",")
     assert set(before) - set(after) == {"unified_amazon_beauty", "unified_amazon_sports"}
+
+
+def test_a_job_looks_for_its_policy_in_the_other_tables_too(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    made = [base / "ablation" / "position" / "0", base / "ablation" / "masked" / "1", tmp_path / "sweep" / "0"]
+    for folder in made:
+        (folder / "stages").mkdir(parents=True)
+    assert _beside(str(base / "ablation" / "masked" / "0"), base) == [made[1], made[0]]
+    assert _beside(str(made[1]), base) == [made[0]]
+    assert _beside(str(tmp_path / "sweep" / "1"), base) == [*sorted(made[:2]), made[2]]

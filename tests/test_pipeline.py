@@ -279,6 +279,22 @@ def test_a_job_borrows_what_fits_and_never_writes_through_it(shop: Shop) -> None
     assert value(Run(base.run_dir), "code") == 1256
 
 
+def test_what_was_borrowed_is_stale_once_its_lender_has_made_it_anew(shop: Shop) -> None:
+    base, stages = config_of(shop.folder), shop.stages()
+    shop.run(base)
+    job, third = (replace(base, run_dir=str(shop.folder / name)) for name in ("job", "third"))
+    borrow(Run(base.run_dir), Run(job.run_dir), job, "run", stages)
+    borrow(Run(job.run_dir), Run(third.run_dir), third, "run", stages)  # of one that has borrowed it too
+    assert [why_stale(stages[0], each, Run(each.run_dir)) for each in (base, job, third)] == [None, None, None]
+    run_one("read", replace(base, force=True), stages)
+    for each in (job, third):
+        assert why_stale(stages[0], each, Run(each.run_dir)) == "the run that it is borrowed from has made it anew since"
+    shop.ran.clear()
+    run_all(third, stages)
+    assert shop.ran == ["read", "code", "learn"]
+    assert not Run(third.run_dir).path("data").is_symlink()
+
+
 def test_a_stage_that_writes_in_place_does_not_write_into_the_base(shop: Shop) -> None:
     def grow(config: Config, run: Run) -> None:
         run.path("grown").mkdir(exist_ok=True)

@@ -2,8 +2,8 @@
 
 The variants are the choices `ablation=TABLE_*`: `conf/ablation/` says what each changes. Data and semantic IDs are made once, in the base
 run (for the tables of `CODES`, which compare them, once a variant); every job pre-trains a policy and measures it on the test split. What
-is finished is kept, so the same command goes on where it was stopped. Below `RUN/ablation/TABLE` lie the jobs and the table as Markdown,
-JSON and a picture.
+is finished is kept, so the same command goes on where it was stopped, and a policy that is a row of several tables is trained once. Below
+`RUN/ablation/TABLE` lie the jobs and the table as Markdown, JSON and a picture.
 """
 
 from __future__ import annotations

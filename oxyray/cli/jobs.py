@@ -1,8 +1,8 @@
 """The jobs of a sweep: each is one command with its own configuration and its own run folder, run here or as a Ray task.
 
 A job's failure never ends a sweep: it becomes an `Outcome`, which is printed as soon as it is known; SIGTERM does. What the base run folder
-(the configuration's `run_dir`) or a job beside it already holds and fits the job is linked into the job's folder, so a sweep over the
-policy shares one catalogue.
+(the configuration's `run_dir`), a job beside it or an ablation of the base run already holds and fits the job is linked into the job's
+folder, so a sweep over the policy shares one catalogue.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def run_job(job: Job) -> Outcome:
     try:
         config = job.config()
         if not job.dry_run:
-            for holder in (Path(job.values["run_dir"]), *_beside(job)):
+            base = Path(job.values["run_dir"])
+            for holder in (base, *_beside(job.folder, base)):
                 pipeline.borrow(Run(holder), Run(job.folder), config, job.stage)
             Run(job.folder).write_config(config)  # also where all is borrowed, and no stage writes it
         (rehearse if job.dry_run else perform)(job.stage, config)
@@ -72,10 +73,10 @@ def run_job(job: Job) -> Outcome:
     return replace(outcome, seconds=round(time.time() - started, 1))
 
 
-def _beside(job: Job) -> list[Path]:
-    """The folders of the sweep's other jobs."""
-    folder = Path(job.folder)
-    return sorted(other for other in folder.parent.glob("*") if other.is_dir() and other != folder and (other / "stages").is_dir())
+def _beside(folder: str, base: Path) -> list[Path]:
+    """The folders of the sweep's other jobs, and those of the base run's ablations: a policy is a row in several tables."""
+    found = {*Path(folder).parent.glob("*"), *base.absolute().glob("ablation/*/*")}
+    return sorted(other for other in found - {Path(folder)} if (other / "stages").is_dir())
 
 
 def announce(outcome: Outcome) -> None:
