@@ -26,8 +26,21 @@ def test_only_what_cannot_have_a_default_must_be_given() -> None:
     assert [key.name for key in keys() if key.default is REQUIRED] == ["run_dir", "data.name", "data.source"]
 
 
+def test_the_default_of_a_key_is_the_value_that_it_has_where_nobody_sets_it() -> None:
+    def of(name: str) -> object:
+        found: object = from_dict(Config, values())
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found
+
+    optional = [key for key in keys() if key.default is not REQUIRED]
+    assert {key.name: key.default for key in optional} == {key.name: of(key.name) for key in optional}
+    assert len({key.default for key in keys() if key.name.endswith("optim.lr")}) > 1, "groups of one class may have defaults of their own"
+
+
 def test_every_key_is_described() -> None:
     assert [key.name for key in keys() if not key.about] == []
+    assert [key.name for key in keys() if key.about.endswith((" the", " for", " (two", " one", ","))] == []
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from oxyray.config import Config
 
 REQUIRED = object()
-_ABOUT = re.compile(r"^(\w+): (.+)$")
+_ABOUT = re.compile(r"^(\w+): (.+(?:\n[ ]+\S.*)*)$", re.M)  # what is indented below goes on with it
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,21 @@ def groups() -> dict[str, str]:
 
 
 def abouts(cls: type) -> dict[str, str]:
-    """The lines `key: what it means` of the docstrings of a class and of those that it extends."""
+    """What the docstrings of a class and of those that it extends say as `key: what it means`."""
     docs = [inspect.cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__)]
-    return {m[1]: m[2] for doc in docs for line in doc.splitlines() if (m := _ABOUT.match(line))}
+    return {m[1]: " ".join(m[2].split()) for doc in docs for m in _ABOUT.finditer(doc)}
 
 
-def _walk(cls: type, where: str) -> typing.Iterator[Key]:
+def _walk(cls: type, where: str, made: Any = REQUIRED) -> typing.Iterator[Key]:
+    """`made` is the default of the whole group, whose values need not be those of its class."""
     hints, about = typing.get_type_hints(cls), abouts(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
+        default = _default(field) if made is REQUIRED else getattr(made, field.name)
         if dataclasses.is_dataclass(hint):
-            yield from _walk(typing.cast(type, hint), f"{where}{field.name}.")
+            yield from _walk(typing.cast(type, hint), f"{where}{field.name}.", default)
             continue
-        yield Key(where + field.name, _kind(hint), _default(field), about.get(field.name, ""), typing.get_origin(hint) is dict)
+        yield Key(where + field.name, _kind(hint), default, about.get(field.name, ""), typing.get_origin(hint) is dict)
 
 
 def _classes(cls: type, where: str) -> typing.Iterator[tuple[str, type]]:
