@@ -55,8 +55,8 @@ class DataConfig:
     events_columns: canonical column: column of the events file
     users_columns: canonical column: column of the users file
     action_names: the events' word for an action: click, cart or purchase (source=files)
-    default_action: action of events that carry none
-    default_scenario: scenario of events that carry none
+    default_action: action of events that carry none (source=files)
+    default_scenario: scenario of events that carry none (source=files); null: the data's name
     core: keep users and items with at least this many events, repeated until all have them; 0 keeps all
     split: time cuts all users at the same moments; leave_one_out keeps each user's last event for test and the one before for validation
     valid_share: share of the events, by time, for validation (split=time)

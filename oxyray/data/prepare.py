@@ -203,7 +203,8 @@ def _spread(data: DataConfig, events: Table, items: Ids, buckets: Buckets, quara
             for name in ("request_id", "query", "price", "quantity"):
                 kind = SCHEMA.field(name).type
                 columns[name] = rows[name].cast(kind, safe=False) if name in rows.column_names else pa.nulls(rows.num_rows, kind)
-            columns["query"] = pc.if_else(pc.equal(columns["query"], ""), None, columns["query"])
+            for name in ("request_id", "query"):
+                columns[name] = pc.if_else(pc.equal(columns[name], ""), None, columns[name])
             buckets.add(pa.table(columns).select(SCHEMA.names))
             shown.update(chunk.rows.num_rows)
     buckets.close()

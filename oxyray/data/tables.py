@@ -2,8 +2,8 @@
 
 A table is one Parquet file (`events.parquet`) or a folder of them (`events/` or `events.parquet/`, subfolders too, in name order). Choices:
 files are read one by one, batch by batch, so a table may be larger than memory and every error names its file; a type is changed only where
-no value is lost (whole-number ids to strings, 3.0 to 3, timestamps to epoch seconds), anything else is a DataError that names file, column,
-found and expected type; columns outside the contract are left out of events and items, and kept as the profile of users.
+no value is lost (whole-number ids to strings, 3.0 to 3; timestamps are rounded down to seconds), anything else is a DataError that names
+file, column, found and expected type; columns outside the contract are left out of events and items, and kept as the profile of users.
 Rules about single rows are in `contract.py`.
 """
 
@@ -39,6 +39,9 @@ _EXPECTED = {
     "number": "numbers",
     "bytes": "binary (an encoded picture)",
 }
+
+
+IDS = ("user_id", "item_id", "request_id", "trigger_item_id")
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def fits(found: pa.DataType, kind: str) -> bool:
     text = is_text(found)
     whole, number = pa.types.is_integer(found), pa.types.is_floating(found) or pa.types.is_decimal(found)
     if kind == "text":
-        return text or whole or pa.types.is_floating(found)
+        return text or whole or number
     if kind == "time":
         return whole or number or pa.types.is_timestamp(found) or pa.types.is_date(found)
     if kind == "texts":
@@ -208,7 +211,7 @@ def convert(array: pa.Array, kind: str, file: Path, name: str) -> pa.Array:
         if pa.types.is_dictionary(found):
             array = array.dictionary_decode()
         if kind == "time" and (pa.types.is_timestamp(found) or pa.types.is_date(found)):
-            seconds = pc.floor_temporal(array.cast(pa.timestamp("us", getattr(found, "tz", None))), unit="second")
+            seconds = pc.floor_temporal(array.cast(pa.timestamp("us", getattr(found, "tz", None)), safe=False), unit="second")
             return seconds.cast(pa.timestamp("s", getattr(found, "tz", None)), safe=False).cast(pa.int64())
         if kind in ("text", "time", "whole") and (pa.types.is_floating(array.type) or pa.types.is_decimal(array.type)):
             array = pc.if_else(pc.is_nan(array), None, array) if pa.types.is_floating(array.type) else array

@@ -35,6 +35,8 @@ def _convert(array: pa.Array, kind: str) -> list[object]:
         (pa.array([datetime(2024, 3, 1, 0, 0, 1, 900_000)]), "time", [1709251201]),
         (pa.array([datetime(1969, 12, 31, 23, 59, 58, 500_000)], pa.timestamp("ms")), "time", [-2]),
         (pa.array([datetime(2024, 3, 1, tzinfo=UTC)], pa.timestamp("ns", "Europe/Berlin")), "time", [1709251200]),
+        (pa.array([1709251200_000_000_007], pa.timestamp("ns")), "time", [1709251200]),
+        (pa.array([Decimal("12"), None], pa.decimal128(38, 0)), "text", ["12", None]),
         (pa.array([date(2024, 3, 1)]), "time", [1709251200]),
         (pa.array([["a", "b"], None], pa.list_(pa.string())), "texts", [["a", "b"], None]),
         (pa.nulls(2), "number", [None, None]),

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from oxyray.config import DataConfig
 from oxyray.data import tables
 from oxyray.data.contract import Quarantine, first_reason
 from oxyray.data.importers import text, values
-from oxyray.data.importers.plan import Plan, make_plan, shown
+from oxyray.data.importers.plan import Plan, make_plan, plain, shown
 from oxyray.data.tables import TYPES, Chunk, Column
 from oxyray.errors import DataError
 
@@ -28,15 +29,15 @@ _ENDINGS = (".parquet", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".txt", ".txt.gz")
 
 
 def write(data: DataConfig, folder: Path, quarantine: Quarantine) -> None:
-    """Import items, events and, where there is a file of them, users into `folder`."""
+    """Import items, events and, where there are files of them, users and pools into `folder`."""
     root = Path(data.path or "").expanduser()
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; set data.path to the folder of your files")
-    for table in ("items", "users", "events"):
-        files = _files(root, table, getattr(data, f"{table}_file"))
+    for table in ("items", "users", "events", "pools"):
+        files = _files(root, table, getattr(data, f"{table}_file", None))
         if files:
             _import(data, table, files, folder, quarantine)
-        elif table != "users":
+        elif table in ("items", "events"):
             raise DataError(
                 f"{root}: no file of {table} there (looked for {table}.parquet, .csv, .tsv, also .gz); set data.{table}_file=NAME"
             )
@@ -98,7 +99,7 @@ def _chunks(file: Path, rows: int | None) -> Iterator[Chunk]:
 
 
 def _canonical(plan: Plan, chunk: Chunk, quarantine: Quarantine) -> pa.Table:
-    """The chunk's sound rows as canonical columns; the others go to the quarantine."""
+    """The chunk's sound rows as canonical columns; the others go to the quarantine. A side note that cannot be read is left out alone."""
     count = chunk.rows.num_rows
     arrays: list[pa.Array] = []
     broken: dict[str, np.ndarray] = {}
@@ -109,15 +110,26 @@ def _canonical(plan: Plan, chunk: Chunk, quarantine: Quarantine) -> pa.Table:
         if column.name in plan.constants:
             arrays.append(pa.repeat(pa.scalar(plan.constants[column.name], pa.large_string()), count))
             continue
-        cells = _plain(chunk.rows[plan.source[column.name]])
+        cells = plain(chunk.rows[plan.source[column.name]])
+        if column.kind == "time" and plan.scale == "ISO" and pa.types.is_integer(cells.type):
+            cells = cells.cast(pa.large_string())  # days, written as whole numbers
         if tables.is_text(cells.type):
-            array, bad_N = values.parse(cells.cast(pa.large_string()), column.kind, plan.scale)
-            broken[f"{column.name} is not {values.EXPECTED[column.kind]} (column {plan.source[column.name]})"] = bad_N
+            array, bad_N = values.parse(cells.cast(pa.large_string()), column.kind, plan.scale, column.name in tables.IDS)
+            why = f"{column.name} is not {values.EXPECTED[column.kind]} (column {plan.source[column.name]})"
+            if column.required:
+                broken[why] = bad_N
+            elif bad_N.any():
+                quarantine.repaired[f"{plan.table}: {why}, left out"] += int(bad_N.sum())
         else:
             array = _typed(plan, column, cells, chunk.file)
+        empty_N = array.is_null()
         if column.name == "action":
             array, bad_N = _actions(plan, array)
             broken[f"action is none of {', '.join(plan.words)} (column {plan.source['action']}); see data.action_names"] = bad_N
+        if column.name in plan.defaults and (count_empty := pc.sum(empty_N).as_py()):
+            stands = plan.defaults[column.name]
+            quarantine.repaired[f"{plan.table}: {column.name} is empty, data.default_{column.name}={stands} stands for it"] += count_empty
+            array = pc.if_else(empty_N, pa.scalar(stands, pa.large_string()), array)
         arrays.append(array)
     reasons = list(broken)
     reason_N = first_reason(reasons, broken, count)
@@ -132,6 +144,8 @@ def _typed(plan: Plan, column: Column, cells: pa.Array, file: Path) -> pa.Array:
         raise DataError(
             f"{file}: column {name} has type {cells.type}, expected {values.EXPECTED.get(column.kind, column.kind)} for {column.name}"
         )
+    if column.kind == "time" and pa.types.is_floating(cells.type) and plan.scale != "position":
+        cells = values.rounded_down(cells)
     array = tables.convert(cells, column.kind, file, name)
     return values.to_seconds(array, plan.scale) if column.kind == "time" and pa.types.is_integer(cells.type) else array
 
@@ -141,8 +155,3 @@ def _actions(plan: Plan, cells: pa.Array) -> tuple[pa.Array, np.ndarray]:
     known = [plan.words.get(word.lower()) for word in found]
     bad_V = np.array([word is None for word in known] + [False])
     return pa.array([*known, None], TYPES["text"]).take(pa.array(code_N)), bad_V[code_N]
-
-
-def _plain(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array

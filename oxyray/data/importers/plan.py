@@ -1,7 +1,7 @@
 """Which column of a file is which canonical one, how its cells are read, and how that is shown to a person before the import goes on.
 
-In this order: what `data.TABLE_columns` says, a column of the same name (upper or lower case), one of the usual other names below. A
-missing action or scenario is filled with `data.default_action` and `data.default_scenario` (else `data.name`).
+In this order: what `data.TABLE_columns` says, a column of the same name (upper or lower case), one of the usual other names below. Where
+action or scenario is missing, in the whole file or in a row, `data.default_action` and `data.default_scenario` (else `data.name`) stand.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ _ACTION_WORDS = {
 
 @dataclass
 class Plan:
-    """`source`: canonical column to the file's column; `constants`: what fills the columns that none feeds; `words`: the file's words for
-    actions; `scale`: how its times are written (see `values.time_scale`)."""
+    """`source`: canonical column to the file's column; `defaults`: what stands for empty cells, and `constants` for the columns that none
+    feeds; `words`: the file's words for actions; `scale`: how its times are written (see `values.time_scale`)."""
 
     table: str
     source: dict[str, str]
     columns: list[Column]
+    defaults: dict[str, str] = field(default_factory=dict)
     constants: dict[str, str] = field(default_factory=dict)
     words: dict[str, str] = field(default_factory=dict)
     scale: str = "seconds"
@@ -59,7 +60,7 @@ class Plan:
 
 def make_plan(data: DataConfig, table: str, file: Path, header: list[str], rows: pa.Table) -> Plan:
     """The plan for `file`, from its header and first rows. Raises DataError or ConfigError naming the column that has no match."""
-    given: dict[str, str] = getattr(data, f"{table}_columns")
+    given: dict[str, str] = getattr(data, f"{table}_columns", {})
     source = _given(table, given, file, header)
     by_name = {name.lower(): name for name in header}
     for column in COLUMNS[table]:
@@ -68,18 +69,19 @@ def make_plan(data: DataConfig, table: str, file: Path, header: list[str], rows:
                 source[column.name] = by_name[name]
     columns = [column for column in COLUMNS[table] if column.name in source or column.required]
     plan = Plan(table, source, columns, words=_words(data))
-    defaults = {"action": data.default_action, "scenario": data.default_scenario or data.name}
+    if table == "events":
+        plan.defaults = {"action": data.default_action, "scenario": data.default_scenario or data.name}
     for column in columns:
-        if column.name not in source and table == "events" and column.name in defaults:
-            plan.constants[column.name] = defaults[column.name]
+        if column.name not in source and column.name in plan.defaults:
+            plan.constants[column.name] = plan.defaults[column.name]
         elif column.name not in source:
-            have = ", ".join(header)
-            raise DataError(
-                f"{file} line 1: no column for {column.name} (the file has: {have}); set data.{table}_columns.{column.name}=COLUMN"
-            )
+            have, key = ", ".join(header), f"{table}_columns"
+            mend = f"set data.{key}.{column.name}=COLUMN" if hasattr(data, key) else "it has to bear that name"
+            raise DataError(f"{file} line 1: no column for {column.name} (the file has: {have}); {mend}")
     if table == "users":
-        source |= {name: name for name in header if name not in source.values()}
-        columns += [Column(name, _profile_kind(rows[source[name]])) for name in source if name != "user_id"]
+        kinds = {name: _profile_kind(rows[source.get(name, name)]) for name in [*source, *header] if name != "user_id"}
+        source |= {name: name for name in header if name not in source.values() and kinds[name]}
+        columns += [Column(name, kind) for name in source if (kind := kinds.get(name))]
     if "event_time" in source:
         plan.scale = _scale(data, rows[source["event_time"]])
     return plan
@@ -127,16 +129,25 @@ def _words(data: DataConfig) -> dict[str, str]:
     return usual | {word.lower(): action for word, action in data.action_names.items()}
 
 
-def _profile_kind(column: pa.ChunkedArray) -> str:
-    if not tables.is_text(column.type):
-        return "number" if tables.fits(column.type, "number") else "text"
-    return "text" if values.parse(column.combine_chunks().cast(pa.large_string()), "number")[1].any() else "number"
+def plain(column: pa.ChunkedArray) -> pa.Array:
+    """Without a dictionary, and with true and false as words."""
+    array = column.combine_chunks()
+    array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    return array.cast(pa.large_string()) if pa.types.is_boolean(array.type) else array
+
+
+def _profile_kind(column: pa.ChunkedArray) -> str | None:
+    """None for what cannot be a feature: dates, lists."""
+    cells = plain(column)
+    if tables.is_text(cells.type):
+        return "text" if values.parse(cells.cast(pa.large_string()), "number")[1].any() else "number"
+    return next((kind for kind in ("number", "text") if tables.fits(cells.type, kind)), None)
 
 
 def _scale(data: DataConfig, column: pa.ChunkedArray) -> str:
-    cells = column.combine_chunks()
+    cells = plain(column)
     if data.time_unit == "position":
         return "position"
-    if tables.is_text(cells.type):
-        return values.time_scale(cells.cast(pa.large_string()))
-    return values.time_scale(cells) if pa.types.is_integer(cells.type) else "seconds"
+    if pa.types.is_floating(cells.type):
+        cells = values.rounded_down(cells)
+    return values.time_scale(cells) if tables.is_text(cells.type) or pa.types.is_integer(cells.type) else "seconds"
