@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on this machine: sets up .venv if need be, then goes from the embedded shop's logs to a report.
-#   bash launch/local.sh                       the shop called mall
-#   bash launch/local.sh data=amazon_beauty    any overrides of `oxyray run`
+#   bash launch/local.sh                                     the shop called mall
+#   bash launch/local.sh data=amazon_beauty data.path=DIR    any words of `oxyray run`
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up

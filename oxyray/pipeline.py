@@ -64,10 +64,10 @@ class Stage:
 
 
 def source_files(config: Config) -> list[Path]:
-    """The files that `prepare` reads: those in `data.path`, or that file itself. The embedded shop reads none."""
-    if config.data.source == "mall" or config.data.path is None:
-        return []
-    return files_under(config.data.path)
+    """The shop's own files that are read, and no others that lie beside them. The embedded shop reads none."""
+    from oxyray.data.prepare import source_files  # pyarrow, which `oxyray --help` can do without
+
+    return source_files(config.data)
 
 
 def vector_files(config: Config) -> list[Path]:

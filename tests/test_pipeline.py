@@ -329,10 +329,25 @@ def test_the_shipped_table_reads_only_earlier_stages_and_known_settings() -> Non
         assert callable(stage.function())
 
 
-def test_the_sources_are_the_files_below_the_data_path(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    for name in ("items.parquet", "deep/events.parquet", ".hidden"):
+def test_the_sources_are_the_files_that_are_read_and_no_others_beside_them(tmp_path: Path) -> None:
+    names = (
+        "items.csv",
+        "items.parquet",
+        "events/2024/a.parquet",
+        "exposures.parquet",
+        "conf/data/shop.yaml",
+        "runs/shop/data/items.parquet",
+    )
+    for name in (*names, "meta_Toys.jsonl", "Toys.jsonl.gz", "users.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    config = config_of(tmp_path, data={"name": "x", "source": "tables", "path": str(tmp_path)})
-    assert [path.name for path in source_files(config)] == ["events.parquet", "items.parquet"]
+
+    def read(source: str, **more: object) -> list[str]:
+        config = config_of(tmp_path, data={"name": "x", "source": source, "path": str(tmp_path), **more})
+        return [str(path.relative_to(tmp_path)) for path in source_files(config)]
+
+    assert read("tables") == ["events/2024/a.parquet", "exposures.parquet", "items.parquet"]
+    assert read("files", events_file="items.*") == ["exposures.parquet", "items.csv", "items.parquet", "users.csv"]
+    assert read("amazon_reviews", events_file="Toys.jsonl.gz") == ["Toys.jsonl.gz", "exposures.parquet", "meta_Toys.jsonl"]
+    assert read("files") == []  # no file of events: `prepare` says so
     assert source_files(config_of(tmp_path)) == []

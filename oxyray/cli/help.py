@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from oxyray.cli.ablate import TABLES
 from oxyray.cli.compose import choices, conf_dir
 from oxyray.cli.sid import VERBS
 from oxyray.config.keys import REQUIRED, Key, groups, keys
@@ -18,8 +19,7 @@ from oxyray.pipeline import STAGES
 COMMANDS = {
     "run": "all stages in order; what is fresh is skipped",
     "recommend": "recommend to one user: user=... scenario=... k=10 trigger=... query=...",
-    "ablate": "a table of the paper, with seeds: oxyray ablate tokenizer | sources | position | "
-    "composition | retrieval | unified | masked | missing | scaling",
+    "ablate": f"a table of the paper, with seeds: oxyray ablate {' | '.join(TABLES)}",
     "doctor": "check this machine: versions, devices, memory, Ray",
 }
 _OPTIONS = """\
@@ -34,13 +34,12 @@ _EXAMPLES = """\
   oxyray recommend data=mall user=U000001 k=5       look at what one user gets
   oxyray pretrain -m model.width=64,128             a sweep; add hydra/launcher=ray to run its jobs side by side
   oxyray run debug=fast                             every stage for a few seconds"""
-# What a command reads beyond the settings of its own stage.
-_MORE_GROUPS = {
-    "pretrain": ("cluster", "tracking"),
-    "prepare": ("cluster",),
-    "sid": ("cluster",),
-    "recommend": ("recommend",),
-    "doctor": ("cluster",),
+_MORE_GROUPS = {"recommend": ("recommend",), "doctor": ("cluster",)}  # what a command reads that is no stage
+_STAGE_GROUPS = ("cluster", "tracking")  # what every stage reads beyond its own settings
+_USAGES = {
+    "recommend": "user=ID [scenario=NAME] [trigger=ITEM] [query=TEXT] [k=10] [run_dir=DIR | data=NAME]",
+    "ablate": "TABLE [key=value ...] [ablation=TABLE_VARIANT,...] [train.seed=1,2] [--dry-run] [--config-dir DIR]",
+    "doctor": "[cluster.key=value ...]",
 }
 # Commands that read not all of the keys outside groups.
 _TOP: dict[str, tuple[str, ...]] = {"recommend": ("run_dir",), "doctor": ()}
@@ -82,7 +81,8 @@ def stage_page(name: str, values: dict[str, Any] | None = None) -> str:
     """
     stage = next((stage for stage in STAGES if stage.name == name), None)
     about = stage.about if stage else COMMANDS[name]
-    lines = [f"oxyray {name}: {about}", "", f"usage: oxyray {name} [key=value ...] [-m] [--dry-run] [--config-dir DIR]", ""]
+    usage = _USAGES.get(name, "[key=value ...] [-m] [--dry-run] [--config-dir DIR]")
+    lines = [f"oxyray {name}: {about}", "", f"usage: oxyray {name} {usage}", ""]
     if stage and stage.reads:
         lines += [f"Needs, in the same run_dir: {', '.join(stage.reads)}. Writes run_dir/{stage.folder}.", ""]
     if name == "recommend":
@@ -91,6 +91,10 @@ def stage_page(name: str, values: dict[str, Any] | None = None) -> str:
         asked = [(f"oxyray sid {verb}", what) for verb, what in VERBS.items()]
         asked.append(("oxyray sid --report", "a page to look at; beside=RUN_DIR,RUN_DIR puts other runs' figures beside it"))
         lines += ["Of a run that has them:", *_columns(asked), ""]
+    if name == "ablate":
+        variants = {table: [each for each in choices()["ablation"] if each.startswith(f"{table}_")] for table in TABLES}
+        lines += ["Tables, and what ablation= may name of each:", *_columns([(table, ", ".join(own)) for table, own in variants.items()])]
+        lines += ["", "All else as of `oxyray run`: what is said there holds for every variant.", ""]
     if name == "run":
         lines += [f"Runs {', '.join(stage.name for stage in STAGES)}.", ""]
     read = _groups_of(name)
@@ -137,8 +141,9 @@ def _groups_of(name: str) -> tuple[str, ...]:
     if name == "run":
         return tuple(group for group in groups() if "." not in group and group != "recommend")
     stage = next((stage for stage in STAGES if stage.name == name), None)
-    own = tuple(s for s in stage.settings if s in groups()) if stage else ()
-    return own + _MORE_GROUPS.get(name, ())
+    if stage is None:
+        return _MORE_GROUPS.get(name, ())
+    return (*(setting for setting in stage.settings if setting in groups()), *_STAGE_GROUPS)
 
 
 def _key_lines(inner: list[Key], values: dict[str, Any] | None) -> Iterator[str]:

@@ -85,7 +85,8 @@ def read_items(file: Path) -> pa.Table:
     import pyarrow.parquet as pq
 
     try:
-        table = pc_csv.read_csv(file) if file.suffix.lower() == ".csv" else pq.read_table(file)
+        words = pc_csv.ConvertOptions(column_types={"item_id": pa.string()})  # 0012345 is no number
+        table = pc_csv.read_csv(file, convert_options=words) if file.suffix.lower() == ".csv" else pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"items={file}: cannot be read ({str(error).splitlines()[0]})") from None
     if "item_id" not in table.column_names:

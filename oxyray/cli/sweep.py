@@ -49,6 +49,7 @@ class SweepTask:
         assert isinstance(values, dict)
         plain = {str(key): value for key, value in values.items() if key != "hydra"}
         refuse_code(plain)
+        plain["run_dir"] = str(Path(plain["run_dir"]).expanduser().absolute())  # a job may run in another folder, or on another machine
         words = _only(hydra.overrides.task, self.swept)
         folder = Path(hydra.sweep.dir).absolute() / str(hydra.sweep.subdir)
         return Job(number=hydra.job.num, stage=self.stage, words=words, values=plain, folder=str(folder), dry_run=self.dry_run)

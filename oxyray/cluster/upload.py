@@ -102,7 +102,8 @@ def check_words(stage: str, words: Sequence[str], upload: Upload) -> list[str]:
     """ConfigError when the words of a command name a path that the job would not find, or would lose. Gives what is worth a note."""
     if stage == "doctor" or "--help" in words or "-h" in words:
         return []
-    said = {key.lstrip("+"): value.strip("'\"") for key, mark, value in (word.partition("=") for word in words) if mark}
+    joined = " ".join(words).replace("--config-dir ", "--config-dir=").split(" ")
+    said = {key.lstrip("+"): value.strip("'\"") for key, mark, value in (word.partition("=") for word in joined) if mark}
     kept = ["run_dir", *(["hydra.sweep.dir"] if "-m" in words or "--multirun" in words else [])]
     for key in kept:
         if not said.get(key, "").startswith(("/", "~")):

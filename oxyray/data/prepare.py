@@ -29,7 +29,7 @@ from oxyray.data.features import ITEM_FEATURES, encode
 from oxyray.data.parts import Parts
 from oxyray.data.prepared import FORMAT, Meta
 from oxyray.data.settle import Settled
-from oxyray.data.tables import ACTIONS, Chunk, Ids, Names, Table, find
+from oxyray.data.tables import ACTIONS, COLUMNS, Chunk, Ids, Names, Table, find
 from oxyray.errors import DataError
 from oxyray.files import whole, write_json
 from oxyray.progress import bar, track
@@ -53,6 +53,23 @@ def prepare(config: Config, run: Run) -> None:
         meta = write_prepared(data, source, out, quarantine)
     print(statistics.text(meta), flush=True)
     run.log("prepare", statistics.numbers(meta) | {"seconds": round(time.time() - started, 1)})
+
+
+def source_files(data: DataConfig) -> list[Path]:
+    """What is read of `data.path`, in order; nothing where a table is not to be found (`prepare` says which)."""
+    if data.source == "mall":
+        return []
+    root = Path(data.path or "").expanduser()
+    try:
+        if data.source == "tables":
+            found = [file for name in COLUMNS for file in find(root, name, getattr(data, f"{name}_file", None))]
+        else:
+            from oxyray.data import importers
+
+            found = importers.files(data)
+    except DataError:
+        return []
+    return sorted({*found, *(file for file in [root / "exposures.parquet"] if file.is_file())})
 
 
 def write_source(data: DataConfig, folder: Path, quarantine: Quarantine, cluster: ClusterConfig) -> None:

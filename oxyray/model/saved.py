@@ -32,9 +32,17 @@ def model_folder(run: Run, aligned: bool = True) -> Path:
     """The exported policy: the aligned one where there is one that was made since the supervised one was trained, else that. Raises
     RunError where nothing is trained."""
     supervised, after = run.need("pretrain", "model", stage="pretrain"), run.path("align", "model")
-    about = after / "model.json"
-    newer = about.is_file() and about.stat().st_mtime >= (supervised / "model.json").stat().st_mtime
-    return after if aligned and newer else supervised
+    return after if aligned and (after / "model.json").is_file() and _aligned_since(run) else supervised
+
+
+def _aligned_since(run: Run) -> bool:
+    """By the stages' stamps, which a copy of the run keeps; by the files' times only where it has none."""
+    stamps = [run.path("stages", f"{stage}.json") for stage in ("pretrain", "align")]
+    if all(stamp.is_file() for stamp in stamps):
+        pretrain, align = map(read_json, stamps)
+        return bool(align["inputs"]["pretrain"] == pretrain["made"])
+    supervised, after = (run.path(stage, "model", "model.json").stat().st_mtime for stage in ("pretrain", "align"))
+    return after >= supervised
 
 
 def about_model(config: ModelConfig, inputs: Inputs, **more: Any) -> dict[str, Any]:

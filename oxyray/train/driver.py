@@ -171,10 +171,14 @@ def _local_trainer() -> Any:
 
 
 def environment(config: Config, threads: int | None, processes: int) -> dict[str, str]:
-    """Of a worker, one of so many that share a machine. A local Ray's workers import the same oxyray as the driver; elsewhere it must be
-    installed."""
-    found = {"OMP_NUM_THREADS": str(threads or max(1, (os.cpu_count() or 1) // processes))}
-    if config.cluster.address == "local":
+    """Of a worker, one of so many that share the cores, of this machine or of the cluster. A local Ray's workers import the same oxyray as
+    the driver; elsewhere it must be installed."""
+    import ray
+
+    local = config.cluster.address == "local"
+    cores = (os.cpu_count() or 1) if local else int(ray.cluster_resources().get("CPU", 1))
+    found = {"OMP_NUM_THREADS": str(threads or max(1, cores // processes))}
+    if local:
         here = str(Path(__file__).resolve().parents[2])
         found["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
     return found

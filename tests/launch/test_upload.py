@@ -126,6 +126,7 @@ MISSED = {
     f"{SHARED} data.path=../elsewhere": "data.path=../elsewhere: not uploaded, as it lies outside of the checkout",
     f"{SHARED} data.path=nowhere": "data.path=nowhere: no such file or folder in the checkout",
     f"{SHARED} --config-dir=mine/../tables": "--config-dir=mine/../tables: not uploaded",
+    f"{SHARED} --config-dir mine/../tables": "--config-dir=mine/../tables: not uploaded",
 }
 
 

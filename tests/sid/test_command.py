@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from oxyray.cli.sid import read_items
 from oxyray.run import Run
 from oxyray.sid import stage
 from oxyray.sid.catalog import Catalog
@@ -35,6 +36,12 @@ def test_lookup_there_and_back(run: Run, capsys: pytest.CaptureFixture[str]) -> 
     assert re.fullmatch(rf"i03 +{name} +black lipstick\n", out)
     for asked in (name, str(codes[0])):
         assert "i03" in said(capsys, "sid", "lookup", f"code={asked}", f"run_dir={run.folder}")[1]
+
+
+def test_ids_of_a_csv_file_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text("item_id,title,price\n0012345,a lamp,3.5\n7,a rug,\n")
+    table = read_items(tmp_path / "new.csv")
+    assert (table["item_id"].to_pylist(), table["price"].to_pylist()) == (["0012345", "7"], [3.5, None])
 
 
 def test_encode_says_sids_and_drift_and_writes_them(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

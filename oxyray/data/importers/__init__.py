@@ -13,6 +13,11 @@ from oxyray.data.contract import Quarantine
 from oxyray.data.importers import amazon, columns
 
 
+def files(data: DataConfig) -> list[Path]:
+    """The files that `write` would read. Raises DataError where there are none of a table that must be there."""
+    return amazon.files(data) if data.source == "amazon_reviews" else [file for of in columns.files(data).values() for file in of]
+
+
 def write(data: DataConfig, folder: Path, quarantine: Quarantine) -> None:
     """Write `items.parquet`, `events.parquet` and, where there are users, `users.parquet` into `folder`. Raises DataError."""
     folder.mkdir(parents=True)

@@ -38,11 +38,16 @@ _ITEM_FIELDS = ("item_id", "title", "description", "category_1", "category_2", "
 _ITEM_SCHEMA = pa.schema([(c.name, TYPES[c.kind]) for c in COLUMNS["items"] if c.name in _ITEM_FIELDS])
 
 
-def write(data: DataConfig, folder: Path, quarantine: Quarantine) -> None:
-    """Write `events.parquet` and `items.parquet` into `folder`. Raises DataError."""
+def files(data: DataConfig) -> list[Path]:
+    """The file of reviews and the file of meta data."""
     root = Path(data.path or "").expanduser()
     reviews = _one(root, data.events_file, "events_file", "reviews", lambda name: not name.startswith("meta_"))
-    meta = _one(root, data.items_file, "items_file", "meta", lambda name: name.startswith("meta_"))
+    return [reviews, _one(root, data.items_file, "items_file", "meta", lambda name: name.startswith("meta_"))]
+
+
+def write(data: DataConfig, folder: Path, quarantine: Quarantine) -> None:
+    """Write `events.parquet` and `items.parquet` into `folder`. Raises DataError."""
+    reviews, meta = files(data)
     scenario = data.default_scenario or data.name
     reviewed: set[str] = set()
     with pq.ParquetWriter(folder / "events.parquet", _EVENT_SCHEMA) as writer:

@@ -30,17 +30,23 @@ _ENDINGS = (".parquet", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".txt", ".txt.gz")
 
 def write(data: DataConfig, folder: Path, quarantine: Quarantine) -> None:
     """Import items, events and, where there are files of them, users and pools into `folder`."""
+    for table, found in files(data).items():
+        if found:
+            _import(data, table, found, folder, quarantine)
+
+
+def files(data: DataConfig) -> dict[str, list[Path]]:
+    """The files of each table. Raises DataError where there is none of items or of events."""
     root = Path(data.path or "").expanduser()
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; set data.path to the folder of your files")
-    for table in ("items", "users", "events", "pools"):
-        files = _files(root, table, getattr(data, f"{table}_file", None))
-        if files:
-            _import(data, table, files, folder, quarantine)
-        elif table in ("items", "events"):
+    found = {table: _files(root, table, getattr(data, f"{table}_file", None)) for table in ("items", "users", "events", "pools")}
+    for table in ("items", "events"):
+        if not found[table]:
             raise DataError(
                 f"{root}: no file of {table} there (looked for {table}.parquet, .csv, .tsv, also .gz); set data.{table}_file=NAME"
             )
+    return found
 
 
 def _files(root: Path, table: str, name: str | None) -> list[Path]:
