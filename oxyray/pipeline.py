@@ -120,6 +120,7 @@ STAGES: tuple[Stage, ...] = (
         about="train the policy on the users' histories",
         work="oxyray.train.pretrain:pretrain",
         folder="pretrain",
+        form=2,
         reads=("prepare", "sid"),
         settings=("model", "train"),
         speed=_on_workers("train"),

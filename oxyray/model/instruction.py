@@ -2,7 +2,7 @@
 
 It has two parts. The *scenario* says where and when: the scenario's ID and the clock. The *trigger* says what it starts from: an item, and
 what the user typed, each with a learned default where there is none. Settings say which parts there are, whether they are one token or
-two, and where they stand beside BOS.
+two, and where they stand beside BOS. All are normalised: beside the trigger's vectors a scenario's small ones would hardly be heard.
 
 Legend: Q queries, U items of the batch, W texts of the batch, T tokens of the prompt, D width.
 """
@@ -33,7 +33,7 @@ class Instruction(nn.Module):
         self.config = config
         self.scenario = nn.Embedding(vocab.scenarios, width)
         self.clock = Clock(width) if vocab.clock else None
-        self.item_norm = RMSNorm(width)
+        self.scenario_norm, self.item_norm = RMSNorm(width), RMSNorm(width)
         self.bos, self.no_trigger, self.mark = (nn.Parameter(torch.randn(width) * 0.02) for _ in range(3))
         self.fuse = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width)) if config.content == "fused" else None
         reads, tells = bool(config.text and vocab.query), config.content != "scenario" and config.position != "none"
@@ -56,7 +56,7 @@ class Instruction(nn.Module):
                 hidden_Q = torch.rand(len(text_Q), device=text_Q.device) < self.config.dropout
                 text_Q = torch.where(hidden_Q, len(text_WD), text_Q)
             trigger_QD = trigger_QD + torch.cat([self.text_norm(text_WD), self.no_text[None]])[text_Q]
-        return Told(scenario_QD, trigger_QD)
+        return Told(self.scenario_norm(scenario_QD), trigger_QD)
 
     def prompt(self, told: Told) -> Tensor:
         """(Q, T, D): BOS and the instruction, in the order of the setting. What follows the last token is the first code."""

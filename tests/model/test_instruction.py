@@ -57,6 +57,14 @@ def test_only_what_the_composition_holds_is_told(position: str, content: str, to
         assert bool((prompt(toy, other, item_UD) != before).any()) == (name in told), name
 
 
+def test_a_new_model_hears_the_scenario_as_loud_as_the_trigger() -> None:
+    toy = Toy(instruction=InstructionConfig(content="concatenated"))
+    batch = toy.request_batch(np.arange(0, 40))
+    told = toy.policy._told(batch, toy.policy.items(batch.items, toy.lookup(batch.lookups())["item"]))
+    scenario, trigger = (part[batch.trigger_Q >= 0].square().mean().sqrt().item() for part in told)
+    assert 0.5 < scenario / trigger < 2
+
+
 def test_a_text_reaches_its_own_request_alone_as_the_vector_that_the_shop_knows_it_by() -> None:
     toy = Toy()
     events = np.arange(20)
