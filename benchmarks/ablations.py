@@ -27,6 +27,8 @@ FOUND: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "missing": ("HR@10", "hidden", ("never",)),
     "scaling": ("HR@10", "128", ("64", "32")),
 }
+# The ratio that is to be reached, where better is not the point: what is missing may cost less than 5%.
+GOALS = {"missing": 0.95}
 
 
 def main() -> None:
@@ -50,7 +52,7 @@ def main() -> None:
     for other in others:
         if best in values and other in values and metric in names:
             ratio = statistics.fmean(values[best][metric]) / max(statistics.fmean(values[other][metric]), 1e-9)
-            report.claim(f"{metric} of {best} beside {other}, as in the paper", ratio, 1.0, "ratio")
+            report.claim(f"{metric} of {best} beside {other}, as in the paper", ratio, GOALS.get(options.table, 1.0), "ratio")
     report.finish(options.quick)
 
 
