@@ -35,7 +35,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("words", nargs="*", help="overrides, as of `oxyray ablate`")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     words = [*options.words, *(["debug=fast", "train.seed=1"] if options.quick else [])]
     config = compose_config(check([word for word in words if not word.startswith(("ablation=", "train.seed=", "hydra"))]))
     if failed := ablate(options.table, words):

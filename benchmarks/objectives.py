@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("part", choices=(*RIVALS, "tau", "synthetic"))
     parser.add_argument("words", nargs="*", help="overrides, as of `oxyray run`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     seeds = options.seeds[:1] if options.quick else options.seeds
     words = ["evaluate.baselines=[]", *(["debug=fast"] if options.quick else []), *options.words]
     start = compose_config(check([*words, "run_dir=runs/objectives"]))

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="what `oxyray run` would be given")
     parser.add_argument("--aligned", action="store_true", help="with the stages rank and align")
     parser.add_argument("--seeds", help="seeds of the policy's training, as 1,2,3; train.seed unless given")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     words = ["data=mall", "debug=fast", *options.words] if options.quick else options.words
     stages = [stage for stage in STAGES if options.aligned or stage.name not in ("rank", "align")]
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [compose_config(check(words)).train.seed]
