@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from oxyray.cli.ablate import TABLES
 from oxyray.cli.compose import choices, conf_dir
 from oxyray.cli.sid import VERBS
 from oxyray.config.keys import REQUIRED, Key, groups, keys
@@ -19,7 +18,7 @@ from oxyray.pipeline import STAGES
 COMMANDS = {
     "run": "all stages in order; what is fresh is skipped",
     "recommend": "recommend to one user: user=... scenario=... k=10 trigger=... query=...",
-    "ablate": f"a table of the paper, with seeds: oxyray ablate {' | '.join(TABLES)}",
+    "ablate": "a table of the paper, with seeds: oxyray ablate TABLE",
     "doctor": "check this machine: versions, devices, memory, Ray",
 }
 _OPTIONS = """\
@@ -92,7 +91,10 @@ def stage_page(name: str, values: dict[str, Any] | None = None) -> str:
         asked.append(("oxyray sid --report", "a page to look at; beside=RUN_DIR,RUN_DIR puts other runs' figures beside it"))
         lines += ["Of a run that has them:", *_columns(asked), ""]
     if name == "ablate":
-        variants = {table: [each for each in choices()["ablation"] if each.startswith(f"{table}_")] for table in TABLES}
+        variants: dict[str, list[str]] = {}
+        for each in choices()["ablation"]:
+            if "_" in each:
+                variants.setdefault(each.partition("_")[0], []).append(each)
         lines += ["Tables, and what ablation= may name of each:", *_columns([(table, ", ".join(own)) for table, own in variants.items()])]
         lines += ["", "All else as of `oxyray run`: what is said there holds for every variant.", ""]
     if name == "run":
