@@ -55,6 +55,15 @@ def test_jobs_become_rows_with_their_seeds_and_failed_ones_are_left_out(tmp_path
     assert "0.3200" in drawn
 
 
+def test_one_variant_alone_is_a_row_though_its_jobs_are_told_apart_by_their_seeds(tmp_path: Path) -> None:
+    jobs = [{"folder": str(tmp_path / str(seed)), "words": f"train.seed={seed}", "error": None} for seed in (1, 2)]
+    for job, hit in zip(jobs, (0.3, 0.4), strict=True):
+        (Path(str(job["folder"])) / "evaluate").mkdir(parents=True)
+        write_json(Path(str(job["folder"])) / "evaluate" / "metrics.json", results(hit))
+    write_json(tmp_path / "sweep.json", jobs)
+    assert [(row.name, row.values["HR@10"]) for row in collected(tmp_path, "position", ["position_left"])] == [("left", [0.3, 0.4])]
+
+
 def test_a_model_for_each_scenario_is_put_together_by_the_requests_of_each(tmp_path: Path) -> None:
     hits = {"all": 0.5, "home": 0.6, "search": 0.3}  # overall; `results` gives home 0.1 more and search 0.1 less
     jobs = []

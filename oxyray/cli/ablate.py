@@ -105,7 +105,8 @@ def collected(folder: Path, table: str, variants: Sequence[str]) -> list[Row]:
     quality: dict[str, list[Results]] = {name: [] for name in found}
     for job in json.loads((folder / "sweep.json").read_text()):
         results = Path(job["folder"]) / "evaluate" / "metrics.json"
-        variant = next((name for name in found if f"ablation={table}_{name}" in job["words"].split()), None)
+        words = job["words"] if "ablation=" in job["words"] else f"ablation={variants[0]}"  # a sweep does not name what it does not vary
+        variant = next((name for name in found if f"ablation={table}_{name}" in words.split()), None)
         if variant is not None and job["error"] is None and results.is_file():
             found[variant].append(read_json(results))
             if table in CODES:
