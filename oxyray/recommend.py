@@ -23,7 +23,6 @@ from oxyray.run import Run
 from oxyray.sid.encoder import TextEncoder, encoder_folder, encoder_identity
 
 _SHOWN_HISTORY = 8
-_ASKED = -1  # the number of the request that is asked; those of the log start at 0
 _CATEGORIES = ("category_1", "category_2", "category_3")
 
 
@@ -124,7 +123,7 @@ class Recommender:
         past = self._past(index, at)
         place = self._scenario(scenario, past)
         line = timeline(self._ask(past, max(index, 0), place, -1 if trigger is None else self.prepared.item_index(trigger), at))
-        asked = np.flatnonzero(line.request_E == _ASKED)
+        asked = np.flatnonzero(line.request_E == line.request_E.max())
         batch = self._collate(line, request_segments(line, asked, self._model.history), targets=False)
         if index < 0:  # nobody's row and nobody's profile
             batch.user_B, batch.profile_BP = torch.full_like(batch.user_B, -1), torch.zeros_like(batch.profile_BP)
@@ -183,7 +182,7 @@ class Recommender:
             "time": last + 1 if at is None else at,
             "action": 0,
             "scenario": scenario,
-            "request": _ASKED,
+            "request": int(past["request"].max(initial=-1)) + 1,  # behind those of the log, which it sees
             "trigger": trigger,
             "split": 2,
         }

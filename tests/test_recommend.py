@@ -81,6 +81,21 @@ def test_a_request_in_the_past_knows_what_was_known_then_and_is_asked_as_asked(f
     assert answers[1] != answers[0] != answers[2]
 
 
+def test_events_of_the_moment_that_is_asked_about_are_seen(folder, monkeypatch):
+    recommender = Recommender.load(folder)
+    asked, generate = [], recommender.generator.generate
+    monkeypatch.setattr(recommender.generator, "generate", lambda batch, *more: [asked.append(batch), generate(batch, *more)][1])
+    events = recommender.prepared.user_events(recommender.prepared.user_index("u03"))
+    history = recommender._model.history
+    for time in np.unique(events["time"]).tolist():
+        recommender.recommend("u03", "home", at=time)
+        recommender.recommend("u03", "home", at=time + 1)
+        seen = events["item"][events["time"] <= time]
+        for batch in asked[-2:]:
+            assert batch.items.ids_U[batch.item_N].tolist() == seen[-history:].tolist()
+            assert batch.visible_Q.tolist() == [min(len(seen), history)]
+
+
 def test_all_that_is_asked_for_comes_also_beyond_the_beams(folder):
     recommender = Recommender.load(folder)
     assert len(recommender.recommend("u03", "home", k=40).items) == 40

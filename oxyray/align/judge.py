@@ -20,11 +20,11 @@ Array = np.ndarray
 class Judge:
     """A SID that several items share is judged by the one with the most training events, which is the one that it would show first."""
 
-    def __init__(self, config: Config, settings: AlignConfig) -> None:
+    def __init__(self, config: Config, settings: AlignConfig, device: str = "cpu") -> None:
         run = Run(config.run_dir)
         inputs = Inputs.load(run)
         self.requests = Requests(inputs, config, settings)
-        self.service = RewardService(config, run, inputs)
+        self.service = RewardService(config, run, inputs, device)
         index = inputs.catalog.index
         ranked = index.ranked_items(inputs.prepared.train_counts_I())
         self._item_of_leaf = ranked[index.first_item(np.arange(index.leaves))].astype(np.int64)

@@ -60,7 +60,6 @@ class Learner:
         start, tables = read_model(run.need("pretrain", "model", stage="pretrain"), self.inputs)
         policy = self.inputs.policy(model)
         policy.load_state_dict(start.state_dict())
-        self.pools = Pools(self.inputs, policy.tree)
         aligned = AlignedPolicy(policy, settings.objective, settings.supervised_rate, settings.temperature)
         found = checkpoint.latest(checkpoints)
         if found:
@@ -75,6 +74,7 @@ class Learner:
             for shard in self.engine.tables.shards():
                 shard.weight.copy_(tables.tables[shard.table][shard.first : shard.first + len(shard.weight)])
         self._checkpoints, self._policy = checkpoints, policy
+        self.pools = Pools(self.inputs, policy.tree)  # behind the engine, which moves the policy to its device
         shards = list(self.engine.tables.shards())
         self._published = {s.table: PublishedShard(folder, s.table, rank, s.first, *s.weight.shape) for s in shards}
         self._touched: dict[str, list[Array]] | None = None  # ids; None: all, as nothing was published yet
@@ -145,8 +145,7 @@ class Learner:
         if self.settings.optim.zero_stage < 3:
             return self._policy
         self._twin = self._twin or self.inputs.policy(self._policy.config).to(self.engine.device)
-        weights = {name.removeprefix("policy."): values["weight"] for name, values in self.engine.dense(moments=False)}
-        self._twin.load_state_dict(weights, strict=False)
+        self._twin.load_state_dict({name.removeprefix("policy."): value for name, value in self.engine.whole().items()})
         return self._twin
 
     def _lesson(self, rolled: Rolled, judged: Judged, supervised: Batch | None) -> Lesson:

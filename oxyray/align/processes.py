@@ -74,7 +74,7 @@ class RolloutProcess(Member):
     def rollout(self) -> Rollout:
         """Made by the first call, whose errors keep their type; those of an actor's constructor would not."""
         _settle(self.config, "rollout")
-        return Rollout(self.config, self.config.align)
+        return Rollout(self.config, self.config.align, _device())
 
     def load(self, version: int, weights: Mapping[str, np.ndarray], folder: str, servers: Sequence[tuple[str, Any]]) -> int:
         """`servers` answer for the rows of other nodes, see `oxyray.cluster.rows`."""
@@ -97,7 +97,7 @@ class JudgeProcess(Member):
     def begin(self) -> None:
         """Read data and ranker."""
         _settle(self.config, "judge")
-        self.judging = Judge(self.config, self.config.align)
+        self.judging = Judge(self.config, self.config.align, _device())
 
     def judge(self, rolled: Rolled) -> tuple[Judged, dict[str, float]]:
         for _ in range(self.config.reward.retries):

@@ -65,14 +65,14 @@ class Pools:
 
 
 class Rollout:
-    def __init__(self, config: Config, settings: AlignConfig) -> None:
-        self.settings = settings
+    def __init__(self, config: Config, settings: AlignConfig, device: str = "cpu") -> None:
+        self.settings, self.device = settings, device
         self.inputs = Inputs.load(Run(config.run_dir))
-        self.policy = self.inputs.policy(config.model).eval()
+        self.policy = self.inputs.policy(config.model).to(device).eval()
         self.requests = Requests(self.inputs, config, settings)
         self.pools = Pools(self.inputs, self.policy.tree)
         folder = Run(config.run_dir).path("pretrain", "model")
-        self._reference = read_model(folder, self.inputs) if settings.objective.kl else None
+        self._reference = read_model(folder, self.inputs, device) if settings.objective.kl else None
         self._folder, self._readers = Path(), dict[str, Reader]()
         self._open: Open = TableReader
         self._shelf: Shelf | None = None  # of this version, where batches hold the whole catalogue
@@ -97,8 +97,8 @@ class Rollout:
     def generate(self, step: int, piece: int) -> Rolled:
         """Raises GenerationError when the published tables are of another version than the weights."""
         clock = time.perf_counter()
-        batch = self.requests.at(step)[piece]
-        rows, legal, settings = self._rows(batch), self.pools.legal(batch), self.settings
+        asked, settings = self.requests.at(step)[piece], self.settings
+        rows, legal, batch = self._rows(asked), self.pools.legal(asked), asked.to(self.device)
         shelf = self._shelf or self.policy.shelf(batch, rows)
         self._shelf = shelf if batch.items.whole else None
         steps = PolicySteps(self.policy, batch, rows, shelf)
@@ -110,11 +110,11 @@ class Rollout:
             sampling = Sampling(temperature=settings.temperature, replacement=settings.candidates == "sample")
             leaf_BG = sample(steps, legal, settings.group, sampling).leaf_BG
         target_B = self.policy.tree.leaf_of_item()[batch.items.ids_U[batch.target_Q]].long()
-        path_BJL = paths(self.inputs, torch.cat([leaf_BG, target_B[:, None]], dim=1))
-        behaviour_BJL = path_logprob(self.policy, begun, path_BJL, legal, settings.temperature).numpy()
+        path_BJL = paths(self.inputs, torch.cat([leaf_BG, target_B[:, None]], dim=1).cpu()).to(self.device)
+        behaviour_BJL = path_logprob(self.policy, begun, path_BJL, legal, settings.temperature).cpu().numpy()
         reference_BJL = None if self._reference is None else self._by_reference(batch, path_BJL, legal)
         return Rolled(
-            step=step, piece=piece, version=self.version, leaf_BG=leaf_BG.int().numpy(), behaviour_BGL=behaviour_BJL[:, :-1],
+            step=step, piece=piece, version=self.version, leaf_BG=leaf_BG.int().cpu().numpy(), behaviour_BGL=behaviour_BJL[:, :-1],
             target_behaviour_BL=behaviour_BJL[:, -1], seconds=time.perf_counter() - clock, reference_BJL=reference_BJL,
         )  # fmt: skip
 
@@ -123,7 +123,7 @@ class Rollout:
         rows = tables.lookup(batch.lookups())
         shelf = self._reference_shelf or start.shelf(batch, rows)
         self._reference_shelf = shelf if batch.items.whole else None
-        return start.logprob(batch, rows, path_BJL, legal, self.settings.temperature, shelf).numpy()
+        return start.logprob(batch, rows, path_BJL, legal, self.settings.temperature, shelf).cpu().numpy()
 
     def _rows(self, batch: Batch) -> Rows:
         found = {}
@@ -137,7 +137,7 @@ class Rollout:
                 raise GenerationError(
                     f"table {name} is of version {version}, the weights are of {self.version}: publish both before generating"
                 )
-            found[name] = torch.from_numpy(rows)
+            found[name] = torch.from_numpy(rows).to(self.device)
         return found
 
 

@@ -49,7 +49,7 @@ class FuseConfig(CourseConfig):
     rates: shares of the pairs by source: swing (two items taken by the same users), query (what was typed, and the item taken), peers (two
         items of one category taken after the same query; in a shop where nothing is typed, whose texts are alike)
     neighbours: most similar items by Swing that each item makes pairs with
-    pairs_per_step: pairs in one optimizer step, over all workers; each is the others' negative
+    pairs_per_step: pairs in one optimizer step, over all workers; each is the others' negative (of its `micro_batches` part of the step)
     """
 
     epochs: float = 8

@@ -63,8 +63,10 @@ class Legal:
         place = {id(pool): j for j, pool in enumerate(distinct)}
         self._pool_B = torch.tensor([-1 if pool is None else place[id(pool)] for pool in pools], device=tree.device)
         self._open = any(pool is None for pool in pools)  # a request without a pool
-        self._node_JX = [torch.stack([pool.node[level] for pool in distinct]) for level in range(tree.levels)] if distinct else []
-        self._item_JX = torch.stack([pool.item for pool in distinct]) if distinct else None
+        levels = range(tree.levels if distinct else 0)
+        # .to(): a pool may be older than the move of its tree to a device
+        self._node_JX = [torch.stack([pool.node[level] for pool in distinct]).to(tree.device) for level in levels]
+        self._item_JX = torch.stack([pool.item for pool in distinct]).to(tree.device) if distinct else None
         self.leaves_B = [tree.nodes(tree.levels - 1) if pool is None else pool.leaves for pool in pools]
         self._dead: list[Tensor] = []  # of each level, keys of nodes that a request has lost; sorted
         if exclude is not None and any(len(items) for items in exclude):

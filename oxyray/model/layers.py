@@ -12,6 +12,11 @@ from torch.nn import functional as F
 Tensor = torch.Tensor
 
 
+def precise(x: Tensor) -> Tensor:
+    """At least float32: in bfloat16 a few hundred likenesses, or probabilities, take a hundred values."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from oxyray.errors import GenerationError
 from oxyray.model.head import Tree, ragged_logsumexp, spread
-from oxyray.model.layers import Tensor
+from oxyray.model.layers import Tensor, precise
 
 if TYPE_CHECKING:
     from oxyray.model.policy import Decoding, Policy
@@ -103,7 +103,9 @@ def _first(policy: Policy, decoding: Decoding, node_BG: Tensor, real_BG: Tensor,
     """Of the first codes: (B, G). All requests score the same nodes."""
     requests, nodes = len(node_BG), policy.tree.nodes(0)
     child_N = torch.arange(nodes, device=node_BG.device)
-    logit_BN = decoding.hidden_BKD[:, 0] @ decoding.shelf.vectors[0][policy.head.rows(policy.tree, 0, child_N)].T
+    with torch.autocast(node_BG.device.type, enabled=False):
+        vector_ND = precise(decoding.shelf.vectors[0][policy.head.rows(policy.tree, 0, child_N)])
+        logit_BN = precise(decoding.hidden_BKD[:, 0]) @ vector_ND.T
     if decoding.had is not None:
         logit_BN = decoding.had.add_all(0, logit_BN)
     logit_BN = logit_BN / temperature
@@ -122,7 +124,8 @@ def _token(policy: Policy, decoding: Decoding, level: int, above: _Prefixes, pai
     """Of the candidates' tokens of a later level: (C,)."""
     hidden_MD = decoding.hidden_BKD.flatten(0, 1)
     row_P = policy.head.rows(policy.tree, level, above.child_P)
-    logit_P = (hidden_MD.index_select(0, above.state_P) * decoding.shelf.vectors[level].index_select(0, row_P)).sum(-1)
+    vector_PD = precise(decoding.shelf.vectors[level].index_select(0, row_P))
+    logit_P = (precise(hidden_MD).index_select(0, above.state_P) * vector_PD).sum(-1)
     if decoding.had is not None:
         logit_P = decoding.had.add(level, above.request_P, above.child_P, logit_P)
     logit_P = logit_P / temperature

@@ -70,6 +70,8 @@ class MixtureOfExperts(nn.Module):
 def grouped(x_nA: Tensor, weight_EAB: Tensor, count_E: Tensor) -> Tensor:
     """Rows in the order of their experts, each times its expert's matrix: (n, B). One kernel where the device has it, else one product an
     expert."""
+    if torch.is_autocast_enabled(x_nA.device.type):  # as a product of one matrix would do by itself
+        x_nA = x_nA.to(torch.get_autocast_dtype(x_nA.device.type))
     if x_nA.is_cuda and x_nA.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm"):
         return torch._grouped_mm(x_nA, weight_EAB.to(x_nA.dtype), offs=count_E.cumsum(0).int())
     pieces = x_nA.split(count_E.tolist())

@@ -109,7 +109,7 @@ class Policy(nn.Module):
         parts: dict[str, Tensor] = {}
         if self.config.item_loss:
             query_QD = self.item_query(hidden_QTD[:, 0])
-            parts["item"], prob_QU = item_nll(query_QD, item_UD, batch.target_Q, batch.negative_N, self.vocab.items, had)
+            parts["item"], prob_QU = item_nll(query_QD, item_UD, batch.items.ids_U, batch.target_Q, batch.negative_N, self.vocab.items, had)
         if self.head.tied:
             parts |= self._tied_losses(hidden_QTD, vectors, item_Q, prob_QU if self.config.distill else None, had)
         else:

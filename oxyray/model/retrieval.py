@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from oxyray.config import RetrievalConfig
-from oxyray.model.layers import RMSNorm, Tensor
+from oxyray.model.layers import RMSNorm, Tensor, precise
 
 _DEAD = -1  # stands for the item of a request of weight 0
 
@@ -68,11 +68,6 @@ def q2i(query_QD: Tensor, item_QD: Tensor, id_Q: Tensor, live_Q: Tensor, config:
         live_A = id_A != _DEAD
         held = [config.variance * _narrow(x_AD[live_A]) + config.decorrelation * _alike(x_AD[live_A]) for x_AD in (query_AD, item_AD)]
         return nll_Q + held[0] + held[1]
-
-
-def precise(x: Tensor) -> Tensor:
-    """At least float32: in bfloat16 a few hundred likenesses take a hundred values."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _narrow(x_AD: Tensor) -> Tensor:

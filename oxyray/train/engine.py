@@ -132,13 +132,17 @@ class TrainEngine:
         """Each parameter whole, in fp32, on the CPU of every rank, one at a time: name and {weight, exp_avg, exp_avg_sq}. Collective."""
         return read_dense(self._dense, self.policy, moments)
 
-    def gather_dense(self) -> dict[str, Tensor]:
-        """The policy's consolidated fp32 state dict on rank 0, empty elsewhere. Collective; right for every ZeRO stage."""
+    def whole(self) -> dict[str, Tensor]:
+        """The policy's state dict with each parameter whole, in fp32, on the CPU of every rank: parameters, and what else is saved with
+        them. Collective; right for every ZeRO stage."""
         weights = {name: values["weight"] for name, values in self.dense(moments=False)}
-        if self.rank:
-            return {}
         saved = {name: value for name, value in self.policy.state_dict().items() if name not in weights}
         return weights | {name: value.detach().cpu().clone() for name, value in saved.items()}
+
+    def gather_dense(self) -> dict[str, Tensor]:
+        """`whole` on rank 0, empty elsewhere. Collective."""
+        weights = self.whole()
+        return {} if self.rank else weights
 
     def close(self) -> None:
         """Give back DeepSpeed's buffers and hooks."""

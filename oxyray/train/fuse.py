@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from oxyray.config import Config
 from oxyray.data.prepared import Prepared
 from oxyray.files import files_under, marks, read_json, whole, write_json
+from oxyray.model.layers import precise
 from oxyray.model.losses import LossOut
-from oxyray.model.retrieval import gathered, precise
+from oxyray.model.retrieval import gathered
 from oxyray.model.tables import TableSpec
 from oxyray.run import Run
 from oxyray.sid.encoder import TEXT_COLUMNS, encode, item_texts
@@ -93,9 +94,19 @@ class FuseInputs:
             self.pairs = {name: Pairs(*(file[f"{name}_{side}"] for side in ("left_P", "right_P", "weight_P"))) for name in names}
 
     def split(self, seed: int) -> tuple[dict[str, Pairs], dict[str, Pairs]]:
-        """To learn from, and held out."""
-        random = np.random.default_rng(seed)
-        held = {name: random.random(len(pairs)) < HELD_OUT for name, pairs in sorted(self.pairs.items())}
+        """To learn from, and held out. The loss looks both ways, so two items are on one side whichever of them stands left, and whatever
+        source pairs them."""
+        names, items = sorted(self.pairs), len(self.items)
+        keys = []
+        for name, pairs in ((name, self.pairs[name]) for name in names):
+            left_P, right_P = pairs.left_P.astype(np.int64), pairs.right_P.astype(np.int64)
+            if name == "query":
+                keys.append((items + left_P) * items + right_P)
+            else:
+                keys.append(np.minimum(left_P, right_P) * items + np.maximum(left_P, right_P))
+        distinct, place_P = np.unique(np.concatenate(keys), return_inverse=True)
+        held_P = (np.random.default_rng(seed).random(len(distinct)) < HELD_OUT)[place_P]
+        held = dict(zip(names, np.split(held_P, np.cumsum([len(key) for key in keys])[:-1]), strict=True))
 
         def those(keep: dict[str, Array]) -> dict[str, Pairs]:
             return {name: Pairs(*(value[keep[name]] for value in vars(self.pairs[name]).values())) for name in keep if keep[name].any()}
@@ -233,7 +244,11 @@ class FuseTask:
         return FuseInputs(self.run)
 
     def identity(self) -> dict[str, Any]:
-        return {"fuse": deciding(self.settings), "inputs": read_json(self.run.path("fuse", "inputs", "about.json"))}
+        return {
+            "fuse": deciding(self.settings),
+            "inputs": read_json(self.run.path("fuse", "inputs", "about.json")),
+            "micro_batches": self.settings.micro_batches,  # a pair is compared with the others of its micro-batch
+        }
 
     def module(self) -> Contrast:
         items, settings = self.inputs.items, self.settings
@@ -294,7 +309,8 @@ class Validation:
                 (id_P2[:, :1] == batch.right_id_P) | (id_P2[:, 1:] == batch.right_id_P), -torch.inf
             )
             found_P = (left_PJ * right_PJ).sum(-1) > like_PP.max(1).values
-            told += torch.tensor([float(found_P.sum()), float(module.loss(batch, {}).total), len(own_P)], dtype=torch.float64)
+            sums = [float(found_P.sum()), float(module.loss(batch, {}).total), len(own_P)]
+            told += torch.tensor(sums, dtype=torch.float64, device=told.device)
         module.train(training)
         dist.all_reduce(told)
         return {"valid_match": float(told[0] / told[2]), "valid_loss": float(told[1] / told[2])}

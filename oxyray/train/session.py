@@ -167,8 +167,7 @@ class Session:
         if self.settings.optim.zero_stage < 3:
             return self.engine.policy
         self._twin = self._twin or self.task.module().to(self.device)
-        whole_weights = {name: values["weight"] for name, values in self.engine.dense(moments=False)}
-        self._twin.load_state_dict(whole_weights, strict=False)
+        self._twin.load_state_dict(self.engine.whole())
         return self._twin
 
     def _save(self) -> None:

@@ -1,9 +1,12 @@
 """The policy against slow, obvious versions of itself: one request at a time, dense softmax, autograd on what may not be seen."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from oxyray.config import MoEConfig, RetrievalConfig
 from oxyray.data.batch import Batch
 from oxyray.data.requests import training_segments
 from oxyray.errors import CatalogueError, GenerationError
@@ -158,8 +161,10 @@ def test_ragged_logsumexp_equals_a_loop():
 def test_sampled_item_loss_is_close_to_the_full_one():
     torch.manual_seed(0)
     query, items, target = torch.randn(50, 8).double() * 0.3, torch.randn(400, 8).double(), torch.randint(400, (50,))
-    full = item_nll(query, items, target, None, 400)[0].mean()
-    sampled = torch.stack([item_nll(query, items, target, torch.randint(400, (200,)), 400)[0].mean() for _ in range(200)]).mean()
+    full = item_nll(query, items, torch.arange(400), target, None, 400)[0].mean()
+    sampled = torch.stack(
+        [item_nll(query, items, torch.arange(400), target, torch.randint(400, (200,)), 400)[0].mean() for _ in range(200)]
+    ).mean()
     assert float(sampled) == pytest.approx(float(full), abs=0.05)
 
 
@@ -206,6 +211,35 @@ def test_distillation_is_the_cross_entropy_to_the_item_softmax_summed_over_each_
             logprob = torch.log_softmax(vectors[level][children] @ hidden_TD[level], 0)
             total -= float(batch.weight_Q[query]) * (share * logprob).sum().item()
     assert out.parts["distill"].item() == pytest.approx(total, rel=1e-6)
+
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "distilled": {"distill": 1.0, "repeats": True},
+    "drawn": {"item_negatives": 9},
+    "codes": {"head": "codes", "repeats": True},
+    "q2i": {"retrieval": RetrievalConfig(q2i=0.5, top=3, history=9), "history": 2},
+    "experts": {"moe": MoEConfig(experts=4, active=2, balance=0.01)},
+}
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_bf16_is_the_same_loss_less_precisely(kind: str) -> None:
+    toy = Toy(**VARIANTS[kind])  # type: ignore[arg-type]
+    if toy.config.retrieval.top:
+        toy.collate = dataclasses.replace(toy.collate, older=9)
+    batch = toy.training_batch()
+    rows = toy.lookup(batch.lookups())
+    exact = toy.policy.loss(batch, rows)
+    toy.policy = toy.policy.float()
+    batch.items = dataclasses.replace(batch.items, text_UF=batch.items.text_UF.float())
+    batch.vector_WF = None if batch.vector_WF is None else batch.vector_WF.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = toy.policy.loss(batch, {name: row.float() for name, row in rows.items()})
+    found.total.backward()
+    assert set(found.parts) == set(exact.parts)
+    for name, part in exact.parts.items():
+        assert found.parts[name].item() == pytest.approx(part.item(), rel=0.05), name
+    assert all(weight.grad is None or torch.isfinite(weight.grad).all() for weight in toy.policy.parameters())
 
 
 class Allowed:

@@ -99,6 +99,28 @@ def test_generation_draws_from_what_training_learns(head: str) -> None:
     torch.testing.assert_close(drawn.logprob_BGL, again.detach())
 
 
+def test_the_item_level_loss_against_drawn_items_knows_what_was_had() -> None:
+    """With head=codes a batch holds some of the catalogue's items, and places among these are not catalogue indices."""
+    toy = Toy(head="codes", items=60, repeats=True, item_loss=1.0)
+    batch = toy.training_batch()
+    rows = toy.lookup(batch.lookups())
+    said = toy.policy.loss(batch, rows).parts["item"]
+    assert batch.negative_N is not None
+    item_UD = toy.policy.items(batch.items, rows["item"])
+    told = toy.policy._told(batch, item_UD)
+    memory = toy.policy._memory(batch, rows, item_UD, told)
+    prompt = toy.policy.instruction.prompt(told)
+    hidden_QTD = toy.policy.decoder(prompt + toy.policy._start(batch, memory, told)[:, None], memory)
+    query_QD = toy.policy.item_query(hidden_QTD[:, -1])
+    change_QI, ids_U, negatives = plain(toy, batch, 3), batch.items.ids_U, batch.negative_N.tolist()
+    total = 0.0
+    for query, target in enumerate(batch.target_Q.tolist()):
+        logit_U = item_UD @ query_QD[query] + change_QI[query, ids_U]
+        others = [logit_U[u] + np.log(59 / len(negatives)) for u in negatives if u != target]
+        total += float(batch.weight_Q[query] * (torch.stack([logit_U[target], *others]).logsumexp(0) - logit_U[target]))
+    assert said.item() == pytest.approx(total, rel=1e-9)
+
+
 def test_a_shop_where_nobody_takes_twice_is_learned() -> None:
     """Targets are never among what was had: the factors fall until what was had has next to no chance."""
     toy = Toy(repeats=True, item_loss=0.5, distill=1.0)

@@ -106,6 +106,12 @@ def test_the_stage_learns_from_all_sources(shared_ray: None, tmp_path: Path) -> 
     assert set(inputs.pairs) == {"swing", "query", "peers"}
     learned, held = inputs.split(config.fuse.seed)
     assert sum(map(len, learned.values())) + sum(map(len, held.values())) == sum(map(len, inputs.pairs.values()))
+    learned_of, held_of = (
+        {frozenset(pair) for name in {"swing", "peers"} & set(side) for pair in zip(side[name].left_P, side[name].right_P, strict=True)}
+        for side in (learned, held)
+    )
+    assert held_of
+    assert not learned_of & held_of, "the loss looks both ways: a pair that is mirrored, or in two sources, is learned or held out as one"
     lines = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
     match = [line["valid_match"] for line in lines if "valid_match" in line]
     assert max(match) > 0.1, "one of 64 by chance"

@@ -52,8 +52,10 @@ def train(kind: str, stage: int) -> dict[str, torch.Tensor]:
         "loss": torch.tensor([s.loss for s in stats])
     }
     found |= {f"buffer/{name}": value.clone() for name, value in toy.policy.named_buffers() if name.endswith("bias_E")}
-    dense = [(name, values["weight"]) for name, values in engine.dense(moments=False)]  # whole on every rank
-    found |= {f"weight/{name}": value for name, value in dense}
+    whole = engine.whole()  # on every rank
+    shop(kind).policy.load_state_dict(whole)  # nothing misses that decides what the policy says, experts' bias included
+    assert all(torch.equal(whole[name], value) for name, value in toy.policy.named_buffers() if name.endswith("bias_E"))
+    found |= {f"weight/{name}": value for name, value in whole.items() if value.is_floating_point()}
     found["older"] = torch.tensor([len(batch.older_item_O) for batch in batches])
     engine.close()
     return found
