@@ -13,6 +13,7 @@ MAY_CHANGE = (
     *("epochs", "max_minutes", "max_steps", "patience", "eval_every_epochs", "eval_requests", "workers", "threads_per_worker", "gpu"),
     *("micro_batches", "save_every_minutes", "keep_checkpoints", "max_restarts", "timeout_s", "profile_steps"),
 )
+ALL_DONE = "all steps done"
 LIMITS = ("epochs", "max_minutes", "max_steps", "patience")
 
 

@@ -32,10 +32,11 @@ from oxyray.logs import log_warnings
 from oxyray.progress import bar
 from oxyray.run import Run
 from oxyray.train import checkpoint
-from oxyray.train.course import begun_with, limits
+from oxyray.train.course import ALL_DONE, begun_with, limits
 from oxyray.train.task import Task
 
 _POLL_S = 0.5
+_FEW_STEPS = 500
 
 
 def make(task: str, config: Config, run: Run) -> Task:
@@ -236,9 +237,14 @@ def _summary(task: Task, folder: Path) -> str:
     end = read_json(folder / "progress.json")
     name = task.chosen_by.removeprefix("valid_")
     best = "" if end["best"] is None else f"; best validation {name} {end['best']:.4f}"
-    return (
-        f"{task.stage}: {end['ended']} at step {end['step']}, {end['minutes']:.1f} minutes{best}; the model is of step {end['best_step']}"
-    )
+    spent = f"{end['ended']} at step {end['step']}, {end['minutes']:.1f} minutes"
+    told = f"{task.stage}: {spent}{best}; the model is of step {end['best_step']}"
+    if task.stage == "pretrain" and end["step"] < _FEW_STEPS and end["ended"] == ALL_DONE and not task.settings.max_steps:
+        told += (
+            f"\n{task.stage}: {end['step']} steps are few; a smaller train.targets_per_step or more train.epochs may make more of this log "
+            "(docs/policy.md)"
+        )
+    return told
 
 
 @contextmanager

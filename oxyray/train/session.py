@@ -28,7 +28,7 @@ from oxyray.files import read_json, whole, write_json
 from oxyray.model.flops import peak
 from oxyray.run import Run
 from oxyray.train import checkpoint
-from oxyray.train.course import Course, limits
+from oxyray.train.course import ALL_DONE, Course, limits
 from oxyray.train.engine import TrainBatch, TrainEngine
 from oxyray.train.meter import Meter
 from oxyray.train.task import Task
@@ -124,7 +124,7 @@ class Session:
         dist.broadcast(told, 0)
         timed, due, stop = float(told[0]), bool(told[1]), bool(told[2])
         if step >= self.total_steps:
-            self.course.ended = "all steps done"
+            self.course.ended = ALL_DONE
         elif timed >= 1:
             self.course.ended = f"max_minutes={settings.max_minutes:g} reached"
         elif self.course.without_gain >= settings.patience:

@@ -94,7 +94,7 @@ def test_a_killed_worker_repeats_no_batch_and_loses_none(config: Config, tmp_pat
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not list(run.path("pretrain").glob(".ray-*"))
 
-    capsys.readouterr()
+    assert f"pretrain: {total} steps are few; a smaller train.targets_per_step" in capsys.readouterr().out
     pretrain(hit, run)
     assert "already over" in capsys.readouterr().out
 
