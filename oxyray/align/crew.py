@@ -187,15 +187,18 @@ class Crew:
         import ray
 
         lives = 0 if role == "learner" else -1  # a learner alone is of no use
+        # Ray leaves the devices visible to who reserves none
+        variables = self.environment if self.plan.gpus else self.environment | {"CUDA_VISIBLE_DEVICES": ""}
         where = options(self.plan, self.group, role, number)
-        made: Any = ray.remote(cls).options(max_restarts=lives, max_task_retries=0, runtime_env={"env_vars": self.environment}, **where)
+        made: Any = ray.remote(cls).options(max_restarts=lives, max_task_retries=0, runtime_env={"env_vars": variables}, **where)
         return made.remote(*arguments)
 
 
-def _means(each: list[dict[str, float]]) -> dict[str, float]:
-    """Rewards of all pieces; a scenario that a piece lacks is averaged over the others."""
+def _means(each: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """Mean rewards over the candidates of all pieces, from each piece's means and counts."""
     names = sorted({name for told in each for name in told})
-    return {f"reward/{name}": float(np.mean([told[name] for told in each if name in told])) for name in names}
+    held = {name: np.array([told[name] for told in each if name in told]) for name in names}
+    return {f"reward/{name}": float(np.average(pairs[:, 0], weights=pairs[:, 1])) for name, pairs in held.items()}
 
 
 def _about(rolled: list[Rolled]) -> dict[str, float]:

@@ -94,8 +94,9 @@ class AlignedPolicy(nn.Module):
         self.policy.eval()
         counts = lesson.weight()
         path_BJL = torch.cat([lesson.path_BGL, lesson.target_path_BL[:, None]], dim=1)
-        shelf = self.policy.shelf(lesson.requests, asked)
-        logprob_BJL = self.policy.logprob(lesson.requests, asked, path_BJL, lesson.legal, self.temperature, shelf)
+        with torch.autocast(path_BJL.device.type, enabled=False):  # as precisely as they were generated: rounding would move the ratio
+            shelf = self.policy.shelf(lesson.requests, asked)
+            logprob_BJL = self.policy.logprob(lesson.requests, asked, path_BJL, lesson.legal, self.temperature, shelf)
         self.policy.train(training)
         found = self._from_rewards(lesson, logprob_BJL)
         total = found.total * (counts / found.weight.clamp(min=1))

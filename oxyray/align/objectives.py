@@ -100,7 +100,7 @@ class Surrogate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """`total` is a sum, `weight` what a mean over all micro-batches and workers divides by (requests; for DAPO tokens). The rest is for
+    """`total` is a sum, `weight` what its mean divides by (requests; for DAPO tokens). The rest is for
     the log, without gradient: over real candidates, `advantage_*` without skipped groups."""
 
     total: Tensor
@@ -150,7 +150,7 @@ def policy_loss(group: Group, config: ObjectiveConfig, target: Target | None = N
             ratio_quantiles=_quantiles(_ratio(log_ratio_BGL), real_BGL),
             gate_under_half=_mean((gate_BGL < 0.5).to(gate_BGL.dtype), real_BGL),
             positive_share=_mean(positive_BG.to(gate_BGL.dtype), group.real_BG),
-            skipped_groups=(~varied_B).sum(),
+            skipped_groups=_mean((~varied_B).to(gate_BGL.dtype), group.real_BG.any(1)),
             kl=_mean(kl_BGL, real_BGL),
         )
 
@@ -158,11 +158,12 @@ def policy_loss(group: Group, config: ObjectiveConfig, target: Target | None = N
 def advantages(reward_BG: Tensor, real_BG: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Rewards within their group (Eq. 9): advantage_BG, 0 for absent candidates, and whether the group's rewards vary at all: bool_B."""
     count_B1 = real_BG.sum(1, keepdim=True).clamp(min=1)
-    mean_B1 = torch.where(real_BG, reward_BG, 0).sum(1, keepdim=True) / count_B1
-    centred_BG = torch.where(real_BG, reward_BG - mean_B1, 0)
+    exact_BG = reward_BG.double()  # else equal rewards in the tens differ from their own mean
+    mean_B1 = torch.where(real_BG, exact_BG, 0).sum(1, keepdim=True) / count_B1
+    centred_BG = torch.where(real_BG, exact_BG - mean_B1, 0)
     std_B1 = (centred_BG.square().sum(1, keepdim=True) / count_B1).sqrt()
     varied_B1 = ~(std_B1 <= epsilon)  # a NaN reward must reach the loss, not be taken for a group to skip
-    return torch.where(varied_B1, centred_BG / (std_B1 + epsilon), 0), varied_B1[:, 0]
+    return torch.where(varied_B1, centred_BG / (std_B1 + epsilon), 0).to(reward_BG.dtype), varied_B1[:, 0]
 
 
 def positives(reward_BG: Tensor, real_BG: Tensor, target_reward_B: Tensor) -> Tensor:
@@ -271,10 +272,10 @@ def _mean(value: Tensor, where: Tensor) -> Tensor:
 
 
 def _quantiles(value_BGL: Tensor, real_BGL: Tensor) -> Tensor:
-    """`QUANTILES` of the real entries, by sorting (`torch.quantile` has a limit of 16M entries); NaN without any."""
+    """`QUANTILES` of the real entries, by sorting (`torch.quantile` has a limit of 16M entries); 1 without any."""
     sorted_N = torch.where(real_BGL, value_BGL, torch.inf).flatten().sort().values
     place_Q = (torch.tensor(QUANTILES, device=value_BGL.device) * (real_BGL.sum() - 1).clamp(min=0)).round().long()
-    return torch.where(real_BGL.any(), sorted_N[place_Q], torch.nan)
+    return torch.where(real_BGL.any(), sorted_N[place_Q], 1.0)
 
 
 def _append(value_BG: Tensor, last_B: Tensor) -> Tensor:

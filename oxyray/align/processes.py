@@ -99,7 +99,7 @@ class JudgeProcess(Member):
         _settle(self.config, "judge")
         self.judging = Judge(self.config, self.config.align, _device())
 
-    def judge(self, rolled: Rolled) -> tuple[Judged, dict[str, float]]:
+    def judge(self, rolled: Rolled) -> tuple[Judged, dict[str, tuple[float, int]]]:
         for _ in range(self.config.reward.retries):
             with suppress(RewardError):
                 return self.judging.judge(rolled)

@@ -23,6 +23,7 @@ Tensor = torch.Tensor
 class Requests:
     def __init__(self, inputs: Inputs, config: Config, align: AlignConfig) -> None:
         self.pieces, self.seed, self.share = align.pieces, align.seed, align.synthetic_share
+        self._pool_S = [inputs.prepared.pools[name] for name in inputs.prepared.meta.scenarios]
         self._stream = SegmentStream(
             inputs.prepared,
             inputs.collator(config.model),
@@ -47,7 +48,11 @@ class Requests:
         self._given, self._next = next(self._batches), step + 1
         return self._given
 
-    def synthetic(self, step: int, piece: int) -> Tensor:
-        """Which requests of a piece are synthetic: bool_B."""
-        asked = self.at(step)[piece].queries
-        return torch.from_numpy(np.random.default_rng([self.seed, step, piece]).random(asked) < self.share)
+    def known(self, step: int, piece: int) -> Tensor:
+        """Which requests of a piece have an item really taken to learn from: those that are not synthetic, and where the scenario may still
+        show that item: bool_B."""
+        batch = self.at(step)[piece]
+        synthetic_B = np.random.default_rng([self.seed, step, piece]).random(batch.queries) < self.share
+        item_B = batch.items.ids_U[batch.target_Q].tolist()
+        shown_B = [bool(self._pool_S[scenario][item]) for scenario, item in zip(batch.scenario_Q.tolist(), item_B, strict=True)]
+        return torch.from_numpy(~synthetic_B & np.array(shown_B, dtype=bool))

@@ -110,6 +110,7 @@ class Rollout:
             sampling = Sampling(temperature=settings.temperature, replacement=settings.candidates == "sample")
             leaf_BG = sample(steps, legal, settings.group, sampling).leaf_BG
         target_B = self.policy.tree.leaf_of_item()[batch.items.ids_U[batch.target_Q]].long()
+        target_B = torch.where(self.requests.known(step, piece).to(self.device), target_B, -1)
         path_BJL = paths(self.inputs, torch.cat([leaf_BG, target_B[:, None]], dim=1).cpu()).to(self.device)
         behaviour_BJL = path_logprob(self.policy, begun, path_BJL, legal, settings.temperature).cpu().numpy()
         reference_BJL = None if self._reference is None else self._by_reference(batch, path_BJL, legal)

@@ -31,6 +31,8 @@ class Rank:
 
         import torch
 
+        if torch.cuda.is_available() and torch.cuda.device_count() == 1:
+            local_rank, local_world = 0, 1  # Ray shows an actor its own device alone, whose number is 0
         told = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world}
         os.environ.update({name: str(value) for name, value in told.items()} | {"MASTER_ADDR": address, "MASTER_PORT": str(port)})
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

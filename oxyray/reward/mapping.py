@@ -67,8 +67,9 @@ class Mapping:
         target_B = total_BJ.gather(1, place_B.clamp(min=0)[:, None])[:, 0]
         return Rewards(total_BJ=total_BJ, parts=parts, target_B=torch.where(place_B >= 0, target_B, torch.nan))
 
-    def means(self, rewards: Rewards, candidates: Candidates) -> dict[str, float]:
-        """For the log: the mean of the total and of each component over generated candidates, `SCENARIO/NAME` and `all/NAME`."""
+    def means(self, rewards: Rewards, candidates: Candidates) -> dict[str, tuple[float, int]]:
+        """For the log: the mean of the total and of each component over generated candidates, `SCENARIO/NAME` and `all/NAME`, and how many
+        candidates that are."""
         real_BG = candidates.real_BJ[:, :-1]
         found = {}
         for name, score_BJ in {"reward": rewards.total_BJ, **rewards.parts}.items():
@@ -76,7 +77,7 @@ class Mapping:
             for number, scenario in [(-1, "all"), *enumerate(self.shop.scenarios)]:
                 here_BG = real_BG if number < 0 else real_BG & (candidates.scenario_B == number)[:, None]
                 if here_BG.any():
-                    found[f"{scenario}/{name}"] = float(score_BG[here_BG].mean())
+                    found[f"{scenario}/{name}"] = (float(score_BG[here_BG].mean()), int(here_BG.sum()))
         return found
 
 

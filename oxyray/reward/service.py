@@ -44,7 +44,7 @@ class Verdict:
 
     reward_BG: Array
     target_reward_B: Array
-    told: dict[str, float]
+    told: dict[str, tuple[float, int]]
 
 
 class RewardService:

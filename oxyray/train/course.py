@@ -48,10 +48,11 @@ def limits(settings: CourseConfig) -> dict[str, Any]:
 
 def begun_with(found: Checkpoint, wanted_identity: dict[str, Any]) -> str | None:
     """The first thing in which a checkpoint differs from what this run would make, or None when it can be gone on from."""
-    saved, wanted = _flat(found.meta), _flat(wanted_identity)
-    for name, value in wanted.items():
-        if saved.get(name) != value:
-            return f"{name} was {saved.get(name)} and is now {value}"
+    saved, wanted = _flat({name: found.meta[name] for name in wanted_identity if name in found.meta}), _flat(wanted_identity)
+    absent = object()  # what was set then and is not now differs too
+    for name in wanted | saved:
+        if saved.get(name, absent) != wanted.get(name, absent):
+            return f"{name} was {saved.get(name)} and is now {wanted.get(name)}"
     return None
 
 

@@ -17,7 +17,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -172,17 +172,26 @@ def _local_trainer() -> Any:
 
 
 def environment(config: Config, threads: int | None, processes: int) -> dict[str, str]:
-    """Of a worker, one of so many that share the cores, of this machine or of the cluster. A local Ray's workers import the same oxyray as
-    the driver; elsewhere it must be installed."""
+    """Of a worker, one of so many that share the cores of a machine. A local Ray's workers import the same oxyray as the driver; elsewhere
+    it must be installed."""
     import ray
 
     local = config.cluster.address == "local"
-    cores = (os.cpu_count() or 1) if local else int(ray.cluster_resources().get("CPU", 1))
-    found = {"OMP_NUM_THREADS": str(threads or max(1, cores // processes))}
+    nodes = [] if local else [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    found = {"OMP_NUM_THREADS": str(threads or threads_of(nodes or [{"CPU": os.cpu_count() or 1}], processes))}
     if local:
         here = str(Path(__file__).resolve().parents[2])
         found["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
     return found
+
+
+def threads_of(nodes: Sequence[Mapping[str, float]], processes: int) -> int:
+    """Threads for each of `processes`, which Ray puts onto as few nodes as hold them: as many to a node as it has GPUs, or cores where
+    there are none, and no fewer than their share of the nodes."""
+    largest = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
+    cores = int(largest.get("CPU", 1))
+    together = max(-(-processes // len(nodes)), min(processes, int(largest.get("GPU", 0)) or cores))
+    return max(1, cores // max(1, together))
 
 
 def _worker(told: dict[str, Any]) -> None:

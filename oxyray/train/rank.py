@@ -106,7 +106,7 @@ class Validation:
             taken = stretches(pages, settings.model.history, VALID)
             taken = taken.take(random.permutation(len(taken)))
             asked_B = np.cumsum(taken.stop_B - taken.asked_B)
-            taken = taken.take(np.arange(np.searchsorted(asked_B, share)))
+            taken = taken.take(np.arange(min(len(taken), 1 + int(np.searchsorted(asked_B, share)))))
             self.requests += int((taken.stop_B - taken.asked_B).sum())
             batches += packer.batches(pages, taken, settings.items_per_step)
         mine: list[RankBatch | None] = list(batches[rank::world])

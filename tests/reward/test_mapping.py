@@ -142,9 +142,9 @@ def test_weights_are_by_scenario_and_parts_stay_apart():
     torch.testing.assert_close(found.total_BJ[1], 0.5 * part["format"][1] - part["click"][1] + part["own"][1])
     torch.testing.assert_close(found.target_B, torch.stack([found.total_BJ[0, 2], found.total_BJ[1, 0]]))
     means = mapping.means(found, asked)
-    assert means["home/click"] == pytest.approx(part["click"][0, :3].mean().item())
-    assert means["search/own"] == pytest.approx((1 / 6 + 1 / 9) / 2)
-    assert means["all/reward"] == pytest.approx(torch.cat([found.total_BJ[0, :3], found.total_BJ[1, :2]]).mean().item())
+    assert means["home/click"] == (pytest.approx(part["click"][0, :3].mean().item()), 3)
+    assert means["search/own"] == (pytest.approx((1 / 6 + 1 / 9) / 2), 2)
+    assert means["all/reward"] == (pytest.approx(torch.cat([found.total_BJ[0, :3], found.total_BJ[1, :2]]).mean().item()), 5)
 
 
 def test_without_a_target_r_star_is_unknown():
