@@ -4,8 +4,9 @@ candidates that are several versions old, so that ratios leave 1, which is where
 
 One supervised policy, which has held the newest training events back, is aligned again and again, from the same start, on the same budget;
 a seed draws requests and candidates. What is told is the test split's, of the weights that validation chose (`align` keeps the start where
-nothing was better). Beside the objectives stands the same loop on the same requests in which nothing but the item really taken is
-learned, without candidates: `supervised`. Finished runs are kept in `runs/`, so a stopped benchmark goes on where it was.
+nothing was better). Beside the objectives stand two controls. `supervised`: the same loop on the same requests in which nothing but the
+item really taken is learned, without candidates. And no alignment at all: a policy pre-trained on everything, nothing held back, for as
+many minutes as the start and SA-GCPO took together. Finished runs are kept in `runs/`, so a stopped benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TAUS = ((1.0, 1.05), (1.0, 1.0), (1.0, 0.95), (1.0, 2.0), (1.0, 0.5))  # the pap
 SHARES = (0.0, 0.17, 0.33, 0.5)
 METRICS = ("HR@1", "HR@10", "NDCG@10")
 START = "before alignment"
+PLAIN = "not aligned, trained on everything for as long"
 Figures = dict[str, float]
 
 
@@ -69,6 +71,10 @@ def main() -> None:
                 found.setdefault(START, []).append(begun)
                 found.setdefault(title, []).append(aligned)
                 print(f"seed {seed}, {title}: {aligned}", flush=True)
+            if options.part in RIVALS:
+                longer = read_json(base / "pretrain" / "progress.json")["minutes"] + found["sa_gcpo"][-1]["minutes"]
+                found.setdefault(PLAIN, []).append(plain(words, Run(config.run_dir), base / f"plain-{seed}", seed, longer))
+                print(f"seed {seed}, {PLAIN}: {found[PLAIN][-1]}", flush=True)
     show(report, found, options.part)
     report.finish(options.quick)
 
@@ -84,6 +90,18 @@ def once(words: list[str], base: Run, folder: Path) -> tuple[Figures, Figures]:
     outcome = read_json(run.path("align", "outcome.json"))
     told = {"minutes": outcome["minutes"], "best step": outcome["best_step"], "validation": outcome["best"]}
     return figures(results, results["models"][0]) | told, figures(results, results["models"][-1])
+
+
+def plain(words: list[str], base: Run, folder: Path, seed: int, minutes: float) -> Figures:
+    """Pre-train on everything for so many minutes and measure, in a folder of its own."""
+    longer = [f"train.seed={seed}", "train.hold_back=0", "train.epochs=1000", f"train.max_minutes={minutes:.2f}"]
+    config: Config = compose_config(check([*words[:-1], *longer, f"run_dir={folder}"]))
+    run = Run(config.run_dir)
+    borrow(base, run, config, "pretrain")
+    run_one("pretrain", config)
+    run_one("evaluate", config)
+    results = read_json(run.path("evaluate", "metrics.json"))
+    return figures(results, results["models"][0]) | {"minutes": minutes}
 
 
 def figures(results: dict[str, Any], model: str) -> Figures:

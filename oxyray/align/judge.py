@@ -35,7 +35,7 @@ class Judge:
     def judge(self, rolled: Rolled) -> tuple[Judged, dict[str, tuple[float, int]]]:
         """Rewards of a piece's candidates and of the items really taken, and the means of their components for the log."""
         batch = self.requests.at(rolled.step)[rolled.piece]
-        asked = _asked(batch, self.requests.known(rolled.step, rolled.piece).numpy())
+        asked = _asked(batch, self.requests.taken(rolled.step, rolled.piece).numpy())
         item_BG = np.where(rolled.leaf_BG >= 0, self._shown_SN[asked.scenario_B[:, None], np.maximum(rolled.leaf_BG, 0)], -1)
         target_B1 = asked.target_B[:, None]
         same_BG = (target_B1 >= 0) & (rolled.leaf_BG >= 0) & (rolled.leaf_BG == self._leaf_I[np.maximum(target_B1, 0)])
@@ -51,7 +51,7 @@ def _first(ranked_N: Array, leaf_N: Array, pool_I: Array, leaves: int) -> Array:
     return first_L
 
 
-def _asked(batch: Batch, known_B: Array) -> Asked:
+def _asked(batch: Batch, taken_B: Array) -> Asked:
     ids_U = batch.items.ids_U
     last_B = batch.history_offset[:-1] + batch.visible_Q - 1
     item_B = torch.where(batch.visible_Q > 0, batch.item_N[last_B.clamp(min=0)] if len(batch.item_N) else -1, -1)
@@ -62,5 +62,5 @@ def _asked(batch: Batch, known_B: Array) -> Asked:
     return Asked(
         user_B=batch.user_B.numpy(), time_B=batch.time_Q.numpy(), scenario_B=batch.scenario_Q.numpy(),
         trigger_B=of_catalogue(batch.trigger_Q), last_B=of_catalogue(item_B),
-        target_B=np.where(known_B, of_catalogue(batch.target_Q), -1),
+        target_B=taken_B,
     )  # fmt: skip

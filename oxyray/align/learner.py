@@ -150,9 +150,7 @@ class Learner:
 
     def _lesson(self, rolled: Rolled, judged: Judged, supervised: Batch | None) -> Lesson:
         batch = self.requests.at(rolled.step)[rolled.piece]
-        target_B = self._policy.tree.leaf_of_item().cpu()[batch.items.ids_U[batch.target_Q]].long()
-        target_B = torch.where(self.requests.known(rolled.step, rolled.piece), target_B, -1)
-        path_BJL = paths(self.inputs, torch.cat([torch.from_numpy(rolled.leaf_BG).long(), target_B[:, None]], dim=1))
+        path_BJL = paths(self.inputs, torch.from_numpy(rolled.leaf_BG), self.requests.taken(rolled.step, rolled.piece))
         return Lesson(
             requests=batch,
             legal=self.pools.legal(batch),

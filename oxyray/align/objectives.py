@@ -100,8 +100,8 @@ class Surrogate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """`total` is a sum, `weight` what its mean divides by (requests; for DAPO tokens). The rest is for
-    the log, without gradient: over real candidates, `advantage_*` without skipped groups."""
+    """`total` is a sum, `weight` what its mean divides by (requests; for DAPO tokens). The rest is for the log, without gradient: over real
+    candidates, `advantage_*` without skipped groups."""
 
     total: Tensor
     weight: Tensor

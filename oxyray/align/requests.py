@@ -48,11 +48,11 @@ class Requests:
         self._given, self._next = next(self._batches), step + 1
         return self._given
 
-    def known(self, step: int, piece: int) -> Tensor:
-        """Which requests of a piece have an item really taken to learn from: those that are not synthetic, and where the scenario may still
-        show that item: bool_B."""
+    def taken(self, step: int, piece: int) -> Tensor:
+        """The item that each request of a piece really took, -1 where it can teach nothing: in a synthetic request, and where the scenario
+        may no longer show that item: item_B, int64."""
         batch = self.at(step)[piece]
         synthetic_B = np.random.default_rng([self.seed, step, piece]).random(batch.queries) < self.share
-        item_B = batch.items.ids_U[batch.target_Q].tolist()
-        shown_B = [bool(self._pool_S[scenario][item]) for scenario, item in zip(batch.scenario_Q.tolist(), item_B, strict=True)]
-        return torch.from_numpy(~synthetic_B & np.array(shown_B, dtype=bool))
+        item_B = batch.items.ids_U[batch.target_Q].long()
+        shown_B = [bool(self._pool_S[scenario][item]) for scenario, item in zip(batch.scenario_Q.tolist(), item_B.tolist(), strict=True)]
+        return torch.where(torch.from_numpy(~synthetic_B & np.array(shown_B, dtype=bool)), item_B, -1)

@@ -109,9 +109,7 @@ class Rollout:
         else:
             sampling = Sampling(temperature=settings.temperature, replacement=settings.candidates == "sample")
             leaf_BG = sample(steps, legal, settings.group, sampling).leaf_BG
-        target_B = self.policy.tree.leaf_of_item()[batch.items.ids_U[batch.target_Q]].long()
-        target_B = torch.where(self.requests.known(step, piece).to(self.device), target_B, -1)
-        path_BJL = paths(self.inputs, torch.cat([leaf_BG, target_B[:, None]], dim=1).cpu()).to(self.device)
+        path_BJL = paths(self.inputs, leaf_BG.cpu(), self.requests.taken(step, piece)).to(self.device)
         behaviour_BJL = path_logprob(self.policy, begun, path_BJL, legal, settings.temperature).cpu().numpy()
         reference_BJL = None if self._reference is None else self._by_reference(batch, path_BJL, legal)
         return Rolled(
@@ -142,7 +140,10 @@ class Rollout:
         return found
 
 
-def paths(inputs: Inputs, leaf_BJ: Tensor) -> Tensor:
-    """Nodes of the index on the way to each leaf, -1 where there is none: (B, J, L)."""
-    path_BJL = torch.from_numpy(inputs.catalog.index.node_path(leaf_BJ.clamp(min=0).flatten().numpy()).astype(np.int64))
+def paths(inputs: Inputs, leaf_BG: Tensor, taken_B: Tensor) -> Tensor:
+    """Nodes of the index on the way to each candidate and, last, to the item really taken, -1 where there is none: (B, J = G + 1, L)."""
+    catalog = inputs.catalog
+    leaf_B = torch.from_numpy(catalog.index.leaf_of(catalog.codes_IL[taken_B.clamp(min=0).numpy()]))
+    leaf_BJ = torch.cat([leaf_BG.long(), torch.where(taken_B >= 0, leaf_B, -1)[:, None]], dim=1)
+    path_BJL = torch.from_numpy(catalog.index.node_path(leaf_BJ.clamp(min=0).flatten().numpy()).astype(np.int64))
     return torch.where((leaf_BJ >= 0)[..., None], path_BJL.view(*leaf_BJ.shape, -1), -1)

@@ -125,7 +125,7 @@ class ModelConfig:
     item_loss: weight of the auxiliary item-level loss; 0 turns it off
     item_negatives: items drawn from the catalogue as negatives of the item-level loss; 0: all of them (tied head)
     distill: weight of the codes' cross-entropy to the item-level softmax (tied head, item_negatives=0); 0 turns it off
-    repeats: learn, for each scenario, how much more or less likely an item is that its user has had already
+    repeats: learn how much more or less likely an item is that its user has had: by scenario, last action, how often, how long ago
     """
 
     backbone: Literal["encoder_decoder", "lazy"] = "encoder_decoder"
@@ -144,7 +144,7 @@ class ModelConfig:
     item_loss: float = 0.5
     item_negatives: int = 2048
     distill: float = 0.0
-    repeats: bool = False
+    repeats: bool = True
     instruction: InstructionConfig = field(default_factory=InstructionConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)

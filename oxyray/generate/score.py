@@ -63,7 +63,7 @@ def logprobs(hidden_MD: Tensor, outputs: Outputs, tree: Tree, level: int, pairs:
     if normalise == "vocabulary":
         return logit_P / temperature - log_total(hidden_MD / temperature, outputs.vector_nD)[pairs.state_P]
     if outputs.had is not None:
-        request_P = pairs.state_P // (pairs.states // len(outputs.had.scenario_Q))
+        request_P = pairs.state_P // (pairs.states // outputs.had.queries)
         logit_P = outputs.had.add(level, request_P, pairs.child_P, logit_P)
     return pairs.normalised(logit_P if temperature == 1 else logit_P / temperature)
 

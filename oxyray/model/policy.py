@@ -88,7 +88,7 @@ class Policy(nn.Module):
         self.level = nn.Parameter(torch.randn(vocab.levels, D) * 0.02)
         self.head = Head(D, vocab.levels, vocab.width, config.head == "tied")
         self.item_query = nn.Linear(D, D, bias=False)
-        self.repeats = Repeats(vocab.scenarios, vocab.levels) if config.repeats else None
+        self.repeats = Repeats(vocab.scenarios, vocab.actions, vocab.levels) if config.repeats else None
         for table in (self.action, self.event_scenario, *self.profile, *([self.event_gap] if self.event_gap else [])):
             nn.init.normal_(table.weight, std=0.02)
         nn.init.eye_(self.state.weight)

@@ -39,7 +39,7 @@ def judged(rolled: Rolled, rollout: Rollout) -> Judged:
     codes = rollout.inputs.catalog.index.codes_of(rolled.leaf_BG.clip(min=0).flatten())[:, 0].reshape(rolled.leaf_BG.shape)
     batch = rollout.requests.at(rolled.step)[rolled.piece]
     target = rollout.inputs.catalog.codes_IL[batch.items.ids_U[batch.target_Q].numpy(), 0]
-    known = rollout.requests.known(rolled.step, rolled.piece).numpy()
+    known = rollout.requests.taken(rolled.step, rolled.piece).numpy() >= 0
     return Judged(
         reward_BG=((codes % 2 == 0) & (rolled.leaf_BG >= 0)).astype(np.float32),
         target_reward_B=np.where(known, target % 2 == 0, np.nan).astype(np.float32),

@@ -14,7 +14,7 @@ from oxyray.model.head import ragged_logsumexp, spread
 from oxyray.model.losses import item_nll
 from oxyray.model.policy import Decoding, Policy
 from oxyray.sid.prefix import PrefixIndex
-from tests.model.toys import Toy
+from tests.model.toys import Toy, repeat_changes
 
 
 def node_vectors(toy: Toy, decoding: Decoding, level: int) -> torch.Tensor:
@@ -27,15 +27,7 @@ def changes(toy: Toy, batch: Batch, level: int) -> torch.Tensor:
     """What the only request's history changes in the logits of all nodes of a level, written out."""
     if toy.policy.repeats is None:
         return torch.zeros(len(toy.index.code[level]), dtype=torch.double)
-    had = set(batch.items.ids_U[batch.item_N[: int(batch.visible_Q[0])]].tolist())
-    path_I = toy.policy.tree.path_IL[:, level]
-    factor = torch.exp(10 * toy.policy.repeats.weight[level][batch.scenario_Q[0]].detach())
-    found = []
-    for node in range(len(toy.index.code[level])):
-        below = (path_I == node).nonzero()[:, 0].tolist()
-        share = sum(item in had for item in below) / len(below)
-        found.append(torch.log(1 - share + share * factor))
-    return torch.stack(found)
+    return repeat_changes(toy, batch, level)[0].detach()
 
 
 def sid_logprob(toy: Toy, batch, node_path: np.ndarray) -> float:

@@ -11,23 +11,7 @@ from oxyray.data.batch import Batch
 from oxyray.errors import ConfigError, GenerationError
 from oxyray.generate.engine import Generator
 from oxyray.model.repeats import Had
-from tests.model.toys import Toy
-
-
-def plain(toy: Toy, batch: Batch, level: int) -> torch.Tensor:
-    """What is added to the logit of every (query, node) of a level, of every (query, item) behind the levels: (Q, n)."""
-    assert toy.policy.repeats is not None
-    first_Q = batch.history_offset[torch.repeat_interleave(torch.arange(batch.segments), torch.diff(batch.query_offset))]
-    path_IL, items = toy.policy.tree.path_IL, len(toy.codes_IL)
-    below = [[item] for item in range(items)] if level == 3 else [
-        (path_IL[:, level] == node).nonzero()[:, 0].tolist() for node in range(toy.policy.tree.nodes(level))
-    ]  # fmt: skip
-    rows = []
-    for first, visible, scenario in zip(first_Q.tolist(), batch.visible_Q.tolist(), batch.scenario_Q.tolist(), strict=True):
-        had = set(batch.items.ids_U[batch.item_N[first : first + visible]].tolist())
-        share_n = torch.tensor([sum(item in had for item in each) / len(each) for each in below], dtype=torch.double)
-        rows.append(torch.log(1 - share_n + share_n * torch.exp(10 * toy.policy.repeats.weight[level][scenario])))
-    return torch.stack(rows)
+from tests.model.toys import Toy, repeat_changes
 
 
 def made(**settings: object) -> tuple[Toy, Batch, Had]:
@@ -40,7 +24,7 @@ def made(**settings: object) -> tuple[Toy, Batch, Had]:
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_every_form_adds_what_the_plain_one_does(level: int) -> None:
     toy, batch, had = made()
-    expected_Qn = plain(toy, batch, level)
+    expected_Qn = repeat_changes(toy, batch, level)
     assert (expected_Qn != 0).any()
     torch.testing.assert_close(had.add_all(level, torch.zeros_like(expected_Qn)), expected_Qn)
     random = torch.Generator().manual_seed(3)
@@ -66,9 +50,11 @@ def test_every_form_adds_what_the_plain_one_does(level: int) -> None:
 
 def test_one_factor_on_all_levels_is_one_factor_on_items_that_are_alike() -> None:
     """Where a node's items are equally likely, the product over the levels is exact: items had are `factor` times as likely."""
-    toy, batch, had = made(width=3)
-    for weight in had.weight:
-        weight.data.fill_(-0.05)
+    toy, batch, _ = made(width=3)
+    assert toy.policy.repeats is not None
+    for weight in toy.policy.repeats.weight:
+        weight.data.fill_(-0.02)
+    had = toy.policy.repeats(toy.policy.tree, batch)
     path_IL, counts = toy.policy.tree.path_IL, [torch.bincount(toy.policy.tree.path_IL[:, level]).double() for level in range(3)]
     total_QI = torch.zeros(batch.queries, len(path_IL), dtype=torch.double)
     for level in range(3):
@@ -78,7 +64,7 @@ def test_one_factor_on_all_levels_is_one_factor_on_items_that_are_alike() -> Non
         total_QI += (logit_Qn - norm[:, parent_n])[:, path_IL[:, level]]
     share_QI = (total_QI - counts[2].log()[path_IL[:, 2]]).exp()  # items of a leaf stand in for one another
     alone = counts[2][path_IL[:, 2]] == 1
-    expected_QI = plain(toy, batch, 3).exp()
+    expected_QI = repeat_changes(toy, batch, 3).exp()
     expected_QI = expected_QI / expected_QI.sum(1, keepdim=True)
     torch.testing.assert_close(share_QI[:, alone], expected_QI[:, alone].detach())
 
@@ -112,7 +98,7 @@ def test_the_item_level_loss_against_drawn_items_knows_what_was_had() -> None:
     prompt = toy.policy.instruction.prompt(told)
     hidden_QTD = toy.policy.decoder(prompt + toy.policy._start(batch, memory, told)[:, None], memory)
     query_QD = toy.policy.item_query(hidden_QTD[:, -1])
-    change_QI, ids_U, negatives = plain(toy, batch, 3), batch.items.ids_U, batch.negative_N.tolist()
+    change_QI, ids_U, negatives = repeat_changes(toy, batch, 3), batch.items.ids_U, batch.negative_N.tolist()
     total = 0.0
     for query, target in enumerate(batch.target_Q.tolist()):
         logit_U = item_UD @ query_QD[query] + change_QI[query, ids_U]
@@ -139,7 +125,7 @@ def test_a_shop_where_nobody_takes_twice_is_learned() -> None:
         optimizer.zero_grad()
         toy.policy.loss(batch, rows).total.backward()
         optimizer.step()
-    said_QI = plain(toy, batch, 3).detach()
+    said_QI = repeat_changes(toy, batch, 3).detach()
     assert float(said_QI[query_H, item_H].max()) < -2
 
 

@@ -38,7 +38,7 @@ class Toy:
             "history": 6,
             "item_negatives": 0 if head == "tied" else 9,
         }
-        self.config = ModelConfig(**(config | {"head": head} | model))  # type: ignore[arg-type]
+        self.config = ModelConfig(**(config | {"head": head, "repeats": False} | model))  # type: ignore[arg-type]
         self.policy = Policy(self.config, self.vocab, self.index).double().eval()
         for parameter in self.policy.parameters():  # defaults near zero would hide mistakes
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
@@ -71,3 +71,33 @@ class Toy:
 
     def request_batch(self, events: np.ndarray) -> Batch:
         return self.collate(self.timeline, request_segments(self.timeline, events, self.config.history))
+
+
+def repeat_changes(toy: Toy, batch: Batch, level: int) -> torch.Tensor:
+    """What having had items adds, written out: to the logit of every (query, node) of a level; behind the levels, of every (query, item):
+    (Q, n)."""
+    assert toy.policy.repeats is not None
+    first_Q = batch.history_offset[torch.repeat_interleave(torch.arange(batch.segments), torch.diff(batch.query_offset))]
+    path_IL, items = toy.policy.tree.path_IL, len(toy.codes_IL)
+    below = [[item] for item in range(items)] if level == 3 else [
+        (path_IL[:, level] == node).nonzero()[:, 0].tolist() for node in range(toy.policy.tree.nodes(level))
+    ]  # fmt: skip
+    rows = []
+    for first, visible, scenario in zip(first_Q.tolist(), batch.visible_Q.tolist(), batch.scenario_Q.tolist(), strict=True):
+        item_N = batch.items.ids_U[batch.item_N[first : first + visible]].tolist()
+        action_N, factor_I = batch.action_N[first : first + visible].tolist(), torch.ones(items, dtype=torch.double)
+        for item in set(item_N):
+            last = max(place for place, each in enumerate(item_N) if each == item)
+            kinds = [action_N[last], once_or_more(item_N.count(item)), ago(visible - 1 - last)]
+            factor_I[item] = torch.exp(10 * sum(toy.policy.repeats.weight[level][scenario, kind] for kind in kinds))
+        rows.append(torch.stack([factor_I[each].mean().log() for each in below]))
+    return torch.stack(rows)
+
+
+def once_or_more(times: int) -> int:
+    """The kind for an item that was had so many times: once, two or three times, more often. The toy shop has three actions before it."""
+    return 3 + (0 if times == 1 else 1 if times <= 3 else 2)
+
+
+def ago(events: int) -> int:
+    return 6 + next(kind for kind, most in enumerate((0, 2, 6, 14, 30, 62, 10**9)) if events <= most)

@@ -49,7 +49,7 @@ def one_step(told: dict[str, Any], folder: str) -> dict[str, Any]:
     lost = 0
     for piece, verdict in zip(rolled, judged, strict=True):
         batch = rollout.requests.at(0)[piece.piece]
-        known_B = rollout.requests.known(0, piece.piece).numpy()
+        known_B = rollout.requests.taken(0, piece.piece).numpy() >= 0
         for b, (scenario, item) in enumerate(zip(batch.scenario_Q.tolist(), batch.items.ids_U[batch.target_Q].tolist(), strict=True)):
             shown = bool(inputs.prepared.pools[inputs.prepared.meta.scenarios[scenario]][item])
             lost += not shown
@@ -73,7 +73,7 @@ def test_a_shared_sid_is_judged_by_the_item_taken_else_by_the_one_that_is_shown(
     judge, inputs = Judge(config, config.align), Inputs.load(Run(config.run_dir))
     index, pools, scenarios = inputs.catalog.index, inputs.prepared.pools, inputs.prepared.meta.scenarios
     rolled = Rollout(config, config.align)
-    batch, known_B = rolled.requests.at(0)[0], rolled.requests.known(0, 0).numpy()
+    batch, known_B = rolled.requests.at(0)[0], rolled.requests.taken(0, 0).numpy() >= 0
     counts_I = inputs.prepared.train_counts_I()
     leaf_BG = np.tile(np.arange(index.leaves), (batch.queries, 1)).astype(np.int32)
     asked: list[np.ndarray] = []
@@ -101,8 +101,8 @@ def _rolled(leaf_BG: np.ndarray) -> Any:
 def test_every_piece_of_a_step_knows_the_same_of_it(config: Config) -> None:
     inputs = Inputs.load(Run(config.run_dir))
     mine, yours = (Requests(inputs, config, config.align) for _ in range(2))
-    assert torch.equal(mine.known(1, 1), yours.known(1, 1))
-    assert 0 < int(sum(mine.known(0, piece).sum() for piece in range(2))) < 24
+    assert torch.equal(mine.taken(1, 1), yours.taken(1, 1))
+    assert 0 < int(sum((mine.taken(0, piece) >= 0).sum() for piece in range(2))) < 24
 
 
 def test_means_over_pieces_weigh_candidates_alike() -> None:
