@@ -7,7 +7,7 @@ those that were not had, as if its items were else alike; at the leaves that is 
 counts.
 
 Legend: Q queries (requests), N events, H pairs (query, item) where something was had, h pairs (query, node), P pairs asked for, L levels,
-n nodes of a level, K kinds (actions, then `COUNTS`, then `AGES`).
+n nodes of a level, K kinds (actions, then those between `COUNTS`, then those between `AGES`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from oxyray.model.instruction import segments_of
 from oxyray.model.layers import Tensor
 
 _SPEED = 10  # the logarithm of a factor moves so many times as fast as a weight
-COUNTS = 3  # had once, two or three times, more often
-AGES = 7  # events since it was last had: none, 1 or 2, 3 to 6, ... 63 and more
+COUNTS = (2, 4)  # how often: once; twice or three times; more often
+AGES = (1, 3, 7, 15, 31, 63)  # events since it was last had: none; 1 or 2; 3 to 6; and so on
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Repeats(nn.Module):
     def __init__(self, scenarios: int, actions: int, levels: int) -> None:
         super().__init__()
         self.actions = actions
-        self.weight = nn.ParameterList(torch.zeros(scenarios, actions + COUNTS + AGES) for _ in range(levels + 1))
+        self.weight = nn.ParameterList(torch.zeros(scenarios, actions + len(COUNTS) + 1 + len(AGES) + 1) for _ in range(levels + 1))
 
     def forward(self, tree: Tree, batch: Batch) -> Had:
         """What each query of the batch sees in its user's history."""
@@ -122,8 +122,11 @@ class Repeats(nn.Module):
         last_H = torch.zeros_like(key_H).scatter_reduce(0, pair_N, event_N[known_N], "amax")
         query_H = key_H // tree.items
         age_H = (first_Q + batch.visible_Q)[query_H] - 1 - last_H
-        count_H, age_H = ((number_H.float() + more).log2().long() for number_H, more in ((count_H, 0), (age_H, 1)))
-        kind_H3 = [batch.action_N[last_H], self.actions + count_H.clamp(max=COUNTS - 1), self.actions + COUNTS + age_H.clamp(max=AGES - 1)]
+        counted_H, aged_H = (
+            torch.bucketize(number_H, torch.tensor(bounds, device=key_H.device), right=True)
+            for number_H, bounds in ((count_H, COUNTS), (age_H, AGES))
+        )
+        kind_H3 = [batch.action_N[last_H], self.actions + counted_H, self.actions + len(COUNTS) + 1 + aged_H]
         return query_H, tree.item_at(key_H % tree.items), torch.stack(kind_H3, dim=1)
 
     def _log_factor(self, level: int, scenario_H: Tensor, kind_H3: Tensor) -> Tensor:
