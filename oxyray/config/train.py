@@ -110,7 +110,7 @@ class TrainConfig(CourseConfig):
     overfit_batches: train on the first this many steps' batches again and again, to see whether the model can learn; 0: off
     """
 
-    targets_per_step: int = 3500
+    targets_per_step: int = 1024
     action_weights: dict[str, float] = field(default_factory=lambda: {"click": 1.0, "cart": 2.0, "purchase": 4.0})
     scenario_weights: dict[str, float] = field(default_factory=dict)
     hold_back: float = 0.0
