@@ -82,17 +82,20 @@ def _put(logit_Qx: Tensor, query_H: Tensor, place_H: Tensor, value_H: Tensor) ->
 
 
 class Repeats(nn.Module):
-    """`weight[level]` holds, for each scenario and kind, a tenth of the logarithm of a factor: (S, K), the items' own at the end."""
+    """`factor[level]` holds, for each scenario and kind, a tenth of the logarithm of a factor, (S · K, 1); the last one the items' own.
+    They are modules of their own because ZeRO-3 gathers a module's weights for its backward pass only where it returns plain tensors."""
 
     def __init__(self, scenarios: int, actions: int, levels: int) -> None:
         super().__init__()
-        self.actions = actions
-        self.weight = nn.ParameterList(torch.zeros(scenarios, actions + len(COUNTS) + 1 + len(AGES) + 1) for _ in range(levels + 1))
+        self.actions, self.kinds = actions, actions + len(COUNTS) + 1 + len(AGES) + 1
+        self.factor = nn.ModuleList(nn.Embedding(scenarios * self.kinds, 1) for _ in range(levels + 1))
+        for weight in self.factor.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, tree: Tree, batch: Batch) -> Had:
         """What each query of the batch sees in its user's history."""
         query_H, item_H, kind_H3 = self._had(tree, batch)
-        scenario_H = batch.scenario_Q[query_H]
+        kind_H3 = kind_H3 + batch.scenario_Q[query_H, None] * self.kinds
         keys, changes, nodes = list[Tensor](), list[Tensor](), list[int]()
         node_H = tree.leaf_of_item()[item_H].long()
         for level in reversed(range(tree.levels)):
@@ -102,13 +105,13 @@ class Repeats(nn.Module):
                 query_H * tree.nodes(level) + node_H, return_inverse=True, return_counts=True
             )
             below_h = tree.items_in(level, key_h % tree.nodes(level))
-            factor_H = self._log_factor(level, scenario_H, kind_H3).exp()
+            factor_H = self._log_factor(level, kind_H3).exp()
             keys.insert(0, key_h)
             changes.insert(0, torch.log((below_h - count_h).double().index_add(0, place_H, factor_H) / below_h))
             nodes.insert(0, tree.nodes(level))
         items = len(tree.place_of_item())
         key_H, order_H = torch.sort(query_H * items + item_H)
-        changes.append(self._log_factor(tree.levels, scenario_H, kind_H3)[order_H])
+        changes.append(self._log_factor(tree.levels, kind_H3)[order_H])
         return Had(batch.queries, [*keys, key_H], changes, [*nodes, items])
 
     def _had(self, tree: Tree, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,6 +132,7 @@ class Repeats(nn.Module):
         kind_H3 = [batch.action_N[last_H], self.actions + counted_H, self.actions + len(COUNTS) + 1 + aged_H]
         return query_H, tree.item_at(key_H % tree.items), torch.stack(kind_H3, dim=1)
 
-    def _log_factor(self, level: int, scenario_H: Tensor, kind_H3: Tensor) -> Tensor:
+    def _log_factor(self, level: int, kind_H3: Tensor) -> Tensor:
         """In float64: a factor must neither overflow nor vanish beside 1."""
-        return self.weight[level][scenario_H[:, None], kind_H3].double().sum(dim=1) * _SPEED
+        log_H31: Tensor = self.factor[level](kind_H3)
+        return log_H31.double().sum(dim=(1, 2)) * _SPEED

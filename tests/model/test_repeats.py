@@ -52,7 +52,7 @@ def test_one_factor_on_all_levels_is_one_factor_on_items_that_are_alike() -> Non
     """Where a node's items are equally likely, the product over the levels is exact: items had are `factor` times as likely."""
     toy, batch, _ = made(width=3)
     assert toy.policy.repeats is not None
-    for weight in toy.policy.repeats.weight:
+    for weight in toy.policy.repeats.factor.parameters():
         weight.data.fill_(-0.02)
     had = toy.policy.repeats(toy.policy.tree, batch)
     path_IL, counts = toy.policy.tree.path_IL, [torch.bincount(toy.policy.tree.path_IL[:, level]).double() for level in range(3)]
@@ -118,7 +118,7 @@ def test_a_shop_where_nobody_takes_twice_is_learned() -> None:
     again_Q = torch.zeros(batch.queries, dtype=torch.bool).index_put((query_H[item_H == taken_Q[query_H]],), torch.tensor(True))
     batch.weight_Q = torch.where(again_Q, 0.0, 1.0).double()
     rows = toy.lookup(batch.lookups())
-    for weight in toy.policy.repeats.weight:
+    for weight in toy.policy.repeats.factor.parameters():
         weight.data.zero_()
     optimizer = torch.optim.Adam(toy.policy.repeats.parameters(), lr=0.02)
     for _ in range(60):

@@ -77,6 +77,7 @@ def repeat_changes(toy: Toy, batch: Batch, level: int) -> torch.Tensor:
     """What having had items adds, written out: to the logit of every (query, node) of a level; behind the levels, of every (query, item):
     (Q, n)."""
     assert toy.policy.repeats is not None
+    weight_SK = toy.policy.repeats.factor[level].weight.view(3, -1)
     first_Q = batch.history_offset[torch.repeat_interleave(torch.arange(batch.segments), torch.diff(batch.query_offset))]
     path_IL, items = toy.policy.tree.path_IL, len(toy.codes_IL)
     below = [[item] for item in range(items)] if level == 3 else [
@@ -89,7 +90,7 @@ def repeat_changes(toy: Toy, batch: Batch, level: int) -> torch.Tensor:
         for item in set(item_N):
             last = max(place for place, each in enumerate(item_N) if each == item)
             kinds = [action_N[last], once_or_more(item_N.count(item)), ago(visible - 1 - last)]
-            factor_I[item] = torch.exp(10 * sum(toy.policy.repeats.weight[level][scenario, kind] for kind in kinds))
+            factor_I[item] = torch.exp(10 * sum(weight_SK[scenario, kind] for kind in kinds))
         rows.append(torch.stack([factor_I[each].mean().log() for each in below]))
     return torch.stack(rows)
 
