@@ -145,7 +145,7 @@ STAGES: tuple[Stage, ...] = (
         speed=(
             *("align.learners", "align.rollouts", "align.judges", "align.layout", "align.threads_per_process", "align.gpu"),
             *("align.shared_memory", "align.optim.zero_stage", "align.save_every_steps", "align.max_restarts", "align.timeout_s"),
-            *("reward.retries", "generate.requests_per_batch"),
+            *("reward.retries", "generate.requests_per_batch", "generate.followers", "generate.ranker"),  # nobody has a say in candidates
         ),
     ),
     Stage(
@@ -154,7 +154,7 @@ STAGES: tuple[Stage, ...] = (
         work="oxyray.evaluate.runner:evaluate",
         folder="evaluate",
         reads=("prepare", "sid", "pretrain"),
-        uses=("align",),
+        uses=("rank", "align"),
         settings=("seed", "generate", "evaluate"),
         speed=("generate.requests_per_batch",),
     ),

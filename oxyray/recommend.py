@@ -10,15 +10,14 @@ import numpy as np
 import torch
 
 from oxyray.config import ModelConfig
-from oxyray.data.covisits import co_visits
 from oxyray.data.prepared import Prepared
 from oxyray.data.requests import request_segments, timeline
 from oxyray.errors import CatalogueError, DataError
 from oxyray.files import read_json
 from oxyray.generate.engine import Generator
-from oxyray.generate.rerank import Rerank
 from oxyray.model.inputs import Inputs
 from oxyray.model.saved import model_folder, read_model
+from oxyray.reward.opinion import opinions
 from oxyray.run import Run
 from oxyray.sid.encoder import TextEncoder, encoder_folder, encoder_identity
 
@@ -28,7 +27,7 @@ _CATEGORIES = ("category_1", "category_2", "category_3")
 
 @dataclass(frozen=True)
 class Shown:
-    """One item as people see it. `score` is the log-probability of its SID, with the bonus of `generate.followers` in (None for history);
+    """One item as people see it. `score` is the log-probability of its SID, with what followers and the ranker add (None for history);
     `note` its action or category."""
 
     item_id: str
@@ -91,8 +90,8 @@ class Recommender:
         generate = config.generate
         beams = min(generate.beams, inputs.catalog.index.leaves)
         counts_I = inputs.prepared.train_counts_I()
-        rerank = Rerank(co_visits(inputs.prepared, len(counts_I)), generate.followers) if generate.followers else None
-        generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, beams, generate.normalise, rerank)
+        heard = opinions(config, place, inputs, device)
+        generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, beams, generate.normalise, heard)
         quality = place.path("sid", "quality.json")
         made_by = read_json(quality).get("encoder", {}).get("identity") if quality.exists() else None
         return cls(inputs, generator, policy.config, config.sid.encoder, made_by)

@@ -122,7 +122,7 @@ def _identity(config: Config, run: Run) -> dict[str, Any]:
         "reward": to_dict(config.reward),
         "start": {name: value for name, value in start.items() if name not in ("catalogue", "data")},
         "ranker": ranker,
-        "generate": to_dict(config.generate),
+        "generate": {name: value for name, value in to_dict(config.generate).items() if name not in ("followers", "ranker")},
         "held_back": config.train.hold_back,
         "catalogue": inputs.catalog.version,
         "data": inputs.prepared.meta.fingerprint,

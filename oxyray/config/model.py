@@ -185,16 +185,19 @@ class GenerateConfig:
 
     beams: candidates kept a level; the most items that a request can get
     normalise: children: over the codes that lead to an item; vocabulary: over all codes of the level
-    followers: weight in the final order of what other users took after the same items; 0 leaves the order to the beams
+    followers: weight in the final order of what other users took after the same items; 0: no say
+    ranker: weight in the final order of the logarithm of the ranker's probability of a click; 0: no say. It needs the stage rank
     requests_per_batch: requests generated together
     """
 
     beams: int = 50
     normalise: Literal["children", "vocabulary"] = "children"
     followers: float = 0.0
+    ranker: float = 0.0
     requests_per_batch: int = 256
 
     def __post_init__(self) -> None:
         need(self.beams >= 1, "generate.beams", f"must be at least 1, got {self.beams}")
-        need(self.followers >= 0, "generate.followers", f"must be 0 (off) or more, got {self.followers}")
+        for name in ("followers", "ranker"):
+            need(getattr(self, name) >= 0, f"generate.{name}", f"must be 0 (off) or more, got {getattr(self, name)}")
         need(self.requests_per_batch >= 1, "generate.requests_per_batch", f"must be at least 1, got {self.requests_per_batch}")

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from oxyray.config import Config
-from oxyray.data.covisits import co_visits
 from oxyray.data.prepared import Prepared
 from oxyray.data.requests import request_segments
 from oxyray.data.stream import Collator
@@ -33,10 +32,11 @@ from oxyray.evaluate.requests import TEST, Requests, asked
 from oxyray.evaluate.table import ALONE, published, shown_k, text
 from oxyray.files import whole, write_json
 from oxyray.generate.engine import Generator
-from oxyray.generate.rerank import Rerank
+from oxyray.generate.rerank import Opinion
 from oxyray.model.inputs import Inputs, check_beams
 from oxyray.model.saved import model_folder, read_model
 from oxyray.progress import bar
+from oxyray.reward.opinion import opinions
 from oxyray.run import Run, versions
 
 Array = np.ndarray
@@ -62,14 +62,16 @@ class PolicyRecommender:
         self.generator, self.collate, self.prepared, self.history, self.device = generator, collate, prepared, history, device
 
     @classmethod
-    def load(cls, config: Config, inputs: Inputs, folder: Path, device: str, name: str = "policy") -> PolicyRecommender:
-        """An exported model. Raises RunError naming the stage that is missing, ConfigError for too many beams."""
+    def load(
+        cls, config: Config, inputs: Inputs, folder: Path, device: str, name: str = "policy", heard: Sequence[Opinion] = ()
+    ) -> PolicyRecommender:
+        """An exported model; the opinions `heard` have a say in the order of its items. Raises RunError naming the stage that is missing,
+        ConfigError for too many beams."""
         check_beams(config, inputs)
         policy, tables = read_model(folder, inputs, device)
         counts_I = inputs.prepared.train_counts_I()
         settings = config.generate
-        rerank = Rerank(co_visits(inputs.prepared, len(counts_I)), settings.followers) if settings.followers and name != ALONE else None
-        generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, settings.beams, settings.normalise, rerank)
+        generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, settings.beams, settings.normalise, heard)
         return cls(generator, inputs.collator(policy.config), inputs.prepared, policy.config.history, device, name, config.evaluate.hide)
 
     def recommend(self, requests: Requests, depth: int) -> Lists:
@@ -81,15 +83,18 @@ class PolicyRecommender:
 
 def evaluate(config: Config, run: Run) -> None:
     """Read RUN/data, RUN/sid and the policy; write RUN/evaluate whole or not at all, and SASRec's weights to RUN/baselines for the next
-    time. Where the policy was aligned, the supervised one that it started from stands beside it; with `generate.followers` the policy's
-    beams alone do."""
+    time. Where the policy was aligned, the supervised one that it started from stands beside it; where somebody else
+    has a say in the order (`generate.followers`, `generate.ranker`) the policy's beams alone do."""
     inputs = Inputs.load(run)
     check_beams(config, inputs)
     device = "cuda" if config.train.gpu == "auto" and torch.cuda.is_available() else "cpu"
     folders = {"policy": model_folder(run), ALONE: model_folder(run), "supervised": model_folder(run, aligned=False)}
-    names = ["policy"] + ([ALONE] if config.generate.followers else [])
+    heard = opinions(config, run, inputs, device)
+    names = ["policy"] + ([ALONE] if heard else [])
     names += ["supervised"] if folders["policy"] != folders["supervised"] else []
-    models: list[Recommends] = [PolicyRecommender.load(config, inputs, folders[name], device, name) for name in names]
+    models: list[Recommends] = [
+        PolicyRecommender.load(config, inputs, folders[name], device, name, () if name == ALONE else heard) for name in names
+    ]
     models += baselines(config, run, inputs.prepared, device)
     with whole(run.path("evaluate")) as part:
         part.mkdir(parents=True)

@@ -20,7 +20,7 @@ from oxyray.data.batch import Batch
 from oxyray.errors import CatalogueError
 from oxyray.generate.beam import beam_search
 from oxyray.generate.pools import Legal, Pool
-from oxyray.generate.rerank import Rerank
+from oxyray.generate.rerank import Opinion
 from oxyray.generate.sample import Samples, Sampling, sample
 from oxyray.generate.score import Normalise
 from oxyray.generate.steps import PolicySteps
@@ -36,7 +36,7 @@ Pools = Pool | None | Sequence[Pool | None]  # one for all requests, or one each
 @dataclass(frozen=True)
 class Generated:
     """Items best first, `item_BR` (-1: none left) with `score_BR` (log-probability of their SID), and the SIDs themselves: leaves of
-    `index`, `leaf_BK`. With a `Rerank`, items stand by `score_BR` with its bonus in, and SIDs by their log-probability."""
+    `index`, `leaf_BK`. With second opinions, items stand by `score_BR` with what they add, and SIDs by their log-probability."""
 
     item_BR: np.ndarray
     score_BR: np.ndarray
@@ -101,8 +101,8 @@ class _Serving:
 
 class Generator:
     """A policy, the rows of its tables and a catalogue's index, ready to answer requests. `order_I` is the tie-break: larger comes
-    first. The vectors of the whole catalogue, which a tied head needs, are computed once: `renew` when weights or rows change. `rerank` has
-    the last word on the order of items."""
+    first. The vectors of the whole catalogue, which a tied head needs, are computed once: `renew` when weights or rows change.
+    `opinions` have the last word on the order of items."""
 
     def __init__(
         self,
@@ -112,9 +112,9 @@ class Generator:
         order_I: np.ndarray,
         beams: int,
         normalise: Normalise = "children",
-        rerank: Rerank | None = None,
+        opinions: Sequence[Opinion] = (),
     ) -> None:
-        self.lookup, self.beams, self.normalise, self.rerank = lookup, beams, normalise, rerank
+        self.lookup, self.beams, self.normalise, self.opinions = lookup, beams, normalise, opinions
         self._serving = _Serving.of(policy, index, order_I)
 
     @property
@@ -185,9 +185,7 @@ class Generator:
         with self._started(serving, batch) as steps:
             beams = beam_search(steps, legal, self.beams, self.normalise, per_root)
         leaf_BK, logprob_BK = beams.leaf_BK.cpu().numpy(), beams.logprob_BK.float().cpu().numpy()
-        item_BR = np.full((len(leaf_BK), items), -1, dtype=np.int64)
-        score_BR = np.full((len(leaf_BK), items), -np.inf, dtype=np.float32)
-        opinion = self.rerank.of(batch) if self.rerank else None
+        lists = []
         for b, leaf_K in enumerate(leaf_BK):
             real = leaf_K >= 0
             found, place = serving.below(leaf_K[real])
@@ -196,11 +194,12 @@ class Generator:
                 keep &= mine.has(found)
             if exclude is not None and len(exclude[b]):
                 keep &= ~np.isin(found, exclude[b])
-            found, score = found[keep], logprob_BK[b][real][place[keep]]
-            if opinion is not None:
-                score = score + opinion.bonus(b, found).astype(score.dtype)
-                order = np.argsort(-score, kind="stable")
-                found, score = found[order], score[order]
+            lists.append((found[keep], logprob_BK[b][real][place[keep]]))
+        if self.opinions:
+            lists = self._reordered(batch, lists)
+        item_BR = np.full((len(leaf_BK), items), -1, dtype=np.int64)
+        score_BR = np.full((len(leaf_BK), items), -np.inf, dtype=np.float32)
+        for b, (found, score) in enumerate(lists):
             if cap is not None:
                 keep = cap.keep(found)
                 found, score = found[keep], score[keep]
@@ -222,6 +221,19 @@ class Generator:
         legal = Legal(serving.policy.tree, _each(pool, batch.segments), exclude)
         with self._started(serving, batch) as steps:
             return sample(steps, legal, samples, sampling, generator)
+
+    def _reordered(self, batch: Batch, lists: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The lists in the order of what the opinions make of them."""
+        item_BR = np.full((len(lists), max((len(found) for found, _ in lists), default=0)), -1, dtype=np.int64)
+        for b, (found, _) in enumerate(lists):
+            item_BR[b, : len(found)] = found
+        bonus_BR = sum((opinion(batch, item_BR) for opinion in self.opinions), np.zeros(item_BR.shape))
+        reordered = []
+        for (found, score), bonus_R in zip(lists, bonus_BR, strict=True):
+            total = (score + bonus_R[: len(found)]).astype(np.float32)
+            order = np.argsort(-total, kind="stable")
+            reordered.append((found[order], total[order]))
+        return reordered
 
     @contextmanager
     def _started(self, serving: _Serving, batch: Batch) -> Iterator[PolicySteps]:

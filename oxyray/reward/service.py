@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from oxyray.config import Config
+from oxyray.data.batch import Batch
 from oxyray.errors import RewardError
 from oxyray.model.inputs import Inputs
 from oxyray.reward.components import Candidates, Shop
@@ -28,7 +29,8 @@ Array = np.ndarray
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """Requests by what a judge must know of them. `trigger_B` and `last_B` (the last item that the user took) are -1 for none; so is
-    `target_B`, the item really taken, where a request is synthetic."""
+    `target_B`, the item really taken, where a request is synthetic. `query_BF` are the vectors of what users typed, a row of NaN for
+    nothing; None: what the log knows of each user and time."""
 
     user_B: Array
     time_B: Array
@@ -36,6 +38,31 @@ class Asked:
     trigger_B: Array
     last_B: Array
     target_B: Array
+    query_BF: Array | None = None
+
+    @classmethod
+    def of(cls, batch: Batch, target_B: Array) -> Asked:
+        """The requests of a batch, one query a segment, by what the policy is told of them."""
+        ids_U = batch.items.ids_U
+        last_B = batch.history_offset[:-1] + batch.visible_Q - 1
+        item_B = torch.where(batch.visible_Q > 0, batch.item_N[last_B.clamp(min=0)] if len(batch.item_N) else -1, -1)
+
+        def of_catalogue(local_B: torch.Tensor) -> Array:
+            return torch.where(local_B >= 0, ids_U[local_B.clamp(min=0)], -1).cpu().numpy()
+
+        query_BF = None
+        if batch.vector_WF is not None:
+            silent_1F = batch.vector_WF.new_full((1, batch.vector_WF.shape[1]), torch.nan)
+            query_BF = torch.cat([batch.vector_WF, silent_1F])[batch.text_Q].cpu().numpy()  # -1: the last row
+        return cls(
+            user_B=batch.user_B.cpu().numpy(), time_B=batch.time_Q.cpu().numpy(), scenario_B=batch.scenario_Q.cpu().numpy(),
+            trigger_B=of_catalogue(batch.trigger_Q), last_B=of_catalogue(item_B), target_B=target_B, query_BF=query_BF,
+        )  # fmt: skip
+
+    def only(self, keep_B: Array) -> Asked:
+        """Those of the requests."""
+        kept = {name: value[keep_B] for name, value in vars(self).items() if value is not None}
+        return Asked(**kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +125,11 @@ class RewardService:
         return self.log.pages(int(part_B[0]))
 
     def _queries(self, pages: Pages, asked: Asked) -> Array | None:
-        """The query vector of each request that the log knows at its user and time, a row of NaN for the others."""
+        """The query vector of each request, a row of NaN for none; None where no query of the log has a vector."""
         if pages.query_WF is None:
             return None
+        if asked.query_BF is not None:
+            return asked.query_BF
         query_BF = np.full((len(asked.user_B), pages.query_WF.shape[1]), np.nan, dtype=np.float32)
         first_B, end_B = np.searchsorted(pages.user_R, asked.user_B), np.searchsorted(pages.user_R, asked.user_B, side="right")
         for b, (first, end) in enumerate(zip(first_B, end_B, strict=True)):

@@ -7,7 +7,7 @@ import pytest
 
 from oxyray.data.covisits import CoVisits
 from oxyray.generate.engine import Cap, Generator
-from oxyray.generate.rerank import DECAY, FLOOR, LATEST, Rerank
+from oxyray.generate.rerank import DECAY, FLOOR, LATEST, Followers
 from tests.model.toys import Toy
 
 
@@ -28,7 +28,7 @@ def test_items_stand_by_probability_and_followers(head: str, weight: float) -> N
     held = visits(40)
     batch = toy.request_batch(np.arange(0, len(toy.timeline.item_E), 5))
     beams = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30)
-    ranked = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30, rerank=Rerank(held, weight))
+    ranked = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30, opinions=[Followers(held, weight)])
     plain, found = beams.generate(batch, 40), ranked.generate(batch, 7)
     similar_II = held.similar_II.toarray()
     changed = 0
@@ -50,7 +50,7 @@ def test_items_stand_by_probability_and_followers(head: str, weight: float) -> N
 def test_nobody_is_moved_for_a_newcomer_and_a_cap_counts_in_the_new_order() -> None:
     toy = Toy()
     batch = toy.request_batch(np.arange(0, len(toy.timeline.item_E), 7))
-    ranked = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30, rerank=Rerank(visits(40), 2.0))
+    ranked = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30, opinions=[Followers(visits(40), 2.0)])
     plain = Generator(toy.policy, toy.lookup, toy.index, np.arange(40), beams=30)
     new = int((batch.visible_Q == 0).nonzero()[0])
     assert ranked.generate(batch, 10).item_BR[new].tolist() == plain.generate(batch, 10).item_BR[new].tolist()
@@ -66,11 +66,11 @@ def test_items_that_the_log_does_not_know_have_no_followers() -> None:
     toy = Toy()
     few = visits(25)  # the catalogue has grown since
     batch = toy.request_batch(np.arange(0, len(toy.timeline.item_E), 5))
-    opinion = Rerank(few, 1.0).of(batch)
-    assert opinion.near_QT.max() < 25
+    bonus_QI = Followers(few, 1.0)(batch, np.tile(np.arange(40), (batch.segments, 1)))
     late_Q = np.array(
         [bool((batch.item_N[int(o) : int(o) + int(v)] >= 25).all()) for o, v in zip(batch.history_offset, batch.visible_Q, strict=False)]
     )
     assert late_Q.any()
-    assert (opinion.strength_QT[late_Q] == 0).all()
-    assert (opinion.bonus(0, np.arange(40))[25:] == np.log(FLOOR)).all()
+    assert (bonus_QI[late_Q] == np.log(FLOOR)).all()
+    assert (bonus_QI[:, 25:] == np.log(FLOOR)).all()
+    assert (bonus_QI > np.log(FLOOR)).any()
