@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options = parser.parse_intermixed_args()
     seeds = options.seeds[:1] if options.quick else options.seeds
-    words = ["evaluate.baselines=[]", *(["debug=fast"] if options.quick else []), *options.words]
+    words = ["evaluate.baselines=[]", "generate.ranker=0", *(["debug=fast"] if options.quick else []), *options.words]
     start = compose_config(check([*words, "run_dir=runs/objectives"]))
     base = Path(f"runs/objectives-{start.data.name}{'-quick' if options.quick else ''}")
     words.append(f"run_dir={base}")

@@ -1,9 +1,9 @@
 """`oxyray ablate TABLE`: the variants of one of the paper's tables, each with several seeds, by Hydra multirun.
 
 The variants are the choices `ablation=TABLE_*`: `conf/ablation/` says what each changes. Data and semantic IDs are made once, in the base
-run (for the tables of `CODES`, which compare them, once a variant); every job pre-trains a policy and measures it on the test split. What
-is finished is kept, so the same command goes on where it was stopped, and a policy that is a row of several tables is trained once. Below
-`RUN/ablation/TABLE` lie the jobs and the table as Markdown, JSON and a picture.
+run (for the tables of `CODES`, which compare them, once a variant); every job pre-trains a policy and measures it on the test split, its
+lists in no ranker's order. What is finished is kept, so the same command goes on where it was stopped, and a policy that is a row of
+several tables is trained once. Below `RUN/ablation/TABLE` lie the jobs and the table as Markdown, JSON and a picture.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None,
     if not dry_run:
         pipeline.run_all(config, [stage for stage in pipeline.STAGES if stage.name in ("prepare", "fuse", "sid")])
     axes = {"ablation": _variants(table, config, config_dir), "train.seed": SEEDS} | dict(word.split("=", 1) for word in asked)
-    words = [*shared, "evaluate.baselines=[]", *(f"{key}={values}" for key, values in axes.items()), f"hydra.sweep.dir={folder}"]
+    policy_alone = ["evaluate.baselines=[]", "generate.ranker=0"]
+    words = [*shared, *policy_alone, *(f"{key}={values}" for key, values in axes.items()), f"hydra.sweep.dir={folder}"]
     swept = check(words, sweep=True, config_dir=config_dir)
     if dry_run:
         return sweep("prepare", swept, dry_run)
