@@ -33,8 +33,10 @@ def main() -> None:
     parser.add_argument("--seeds", help="seeds of the policy's training, as 1,2,3; train.seed unless given")
     options = parser.parse_intermixed_args()
     words = ["data=mall", "debug=fast", *options.words] if options.quick else options.words
-    stages = [stage for stage in STAGES if options.aligned or stage.name not in ("rank", "align")]
-    seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [compose_config(check(words)).train.seed]
+    asked = compose_config(check(words))
+    needless = set() if options.aligned else {"align"} if asked.generate.ranker else {"rank", "align"}
+    stages = [stage for stage in STAGES if stage.name not in needless]
+    seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [asked.train.seed]
     runs = [one(words, stages, seed, first=seed == seeds[0]) for seed in seeds]
     config, run = runs[0]
     found = [read_json(each.path("evaluate", "metrics.json")) for _, each in runs]
