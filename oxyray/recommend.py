@@ -81,8 +81,8 @@ class Recommender:
 
     @classmethod
     def load(cls, run: str | Path, device: str = "cpu") -> Recommender:
-        """From a run folder that `oxyray run` (or `prepare`, `sid`, `pretrain`) has filled. Raises RunError naming the stage that is
-        missing."""
+        """From a run folder that `oxyray run` (or `prepare`, `sid`, `pretrain`, and `rank` where `generate.ranker` gives it a say) has
+        filled. Raises RunError naming the stage that is missing."""
         place = Run(run)
         inputs = Inputs.load(place)
         policy, tables = read_model(model_folder(place), inputs, device)

@@ -54,7 +54,7 @@ def found_share(list_RK: Array, positive_row_P: Array, positive_P: Array, k: int
 def row_metrics(list_RK: Array, target_R: Array, positive_row_P: Array, positive_P: Array, ks: Sequence[int]) -> Array:
     """All metrics of each row: float64 (R, M), columns as `names(ks)`."""
     place_R = places(list_RK, target_R)
-    within = [(place_R < k).astype(np.float64) for k in ks]
+    within = [(place_R < min(k, list_RK.shape[1])).astype(np.float64) for k in ks]  # an absent target's place is the list's length
     shares = [found_share(list_RK, positive_row_P, positive_P, k) for k in ks]
     gain_R = 1.0 / np.log2(place_R + 2.0)
     return np.stack([*within, *shares, *(hit_R * gain_R for hit_R in within)], axis=1)

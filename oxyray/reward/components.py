@@ -75,11 +75,13 @@ class Candidates:
         return self.real_BJ & (self.item_BJ >= 0)
 
     def only(self, b: int, j: int | None = None) -> Candidates:
-        """One request, or one candidate of it."""
+        """One request, or one candidate of it, where the item really taken is at place 0 or, as in a synthetic request, nowhere (-1)."""
         cut = {}
         for name, value in vars(self).items():
             if value is not None:
                 cut[name] = value[b : b + 1, j : j + 1] if j is not None and name.split("_")[-1].startswith("BJ") else value[b : b + 1]
+        if j is not None:
+            cut["target_place_B"] = torch.where(cut["target_place_B"] == j, 0, -1)
         return dataclasses.replace(self, **cut)
 
 

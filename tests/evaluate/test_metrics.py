@@ -59,6 +59,12 @@ def test_an_empty_place_is_never_a_hit():
     assert found_share(np.array([[-1, 4]]), np.array([0]), np.array([4]), 1).tolist() == [0.0]
 
 
+def test_a_list_shorter_than_k_hits_nothing_that_it_lacks():
+    found = row_metrics(np.array([[3, 4], [3, 4]]), np.array([9, 4]), np.arange(2), np.array([9, 4]), KS)
+    np.testing.assert_array_equal(found[0], np.zeros(9))
+    np.testing.assert_array_equal(found[1][:6], [0, 1, 1, 0, 1, 1])
+
+
 def test_intervals_agree_with_theory_when_every_user_has_one_row():
     value_RM = np.random.default_rng(1).random((400, 2))
     drawn = Resampled.draw(np.arange(400), 2000, seed=3)

@@ -186,6 +186,11 @@ def test_a_reward_that_breaks_is_named_and_never_a_zero():
         Mapping(RewardConfig(components={"click": "click"}, weights={}), shop())(candidates([[0, 1]], [3], chance_BJH=None))
 
 
+def test_one_candidate_knows_whether_it_is_the_target():
+    cut = candidates([[0, 1, 2]], [1])
+    assert [int(cut.only(0, j).target_place_B) for j in range(3)] == [-1, 0, -1]
+
+
 def test_settings_that_cannot_work():
     with pytest.raises(ConfigError, match="magic"):
         RewardConfig(components={"mine": "magic"}, weights={})
