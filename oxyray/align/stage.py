@@ -119,10 +119,10 @@ def _identity(config: Config, run: Run) -> dict[str, Any]:
     inputs = Inputs.load(run)
     return {
         "align": settings,
-        "reward": to_dict(config.reward),
+        "reward": {name: value for name, value in to_dict(config.reward).items() if name != "retries"},
         "start": {name: value for name, value in start.items() if name not in ("catalogue", "data")},
         "ranker": ranker,
-        "generate": {name: value for name, value in to_dict(config.generate).items() if name not in ("followers", "ranker")},
+        "generate": {name: value for name, value in to_dict(config.generate).items() if name in ("beams", "normalise")},
         "held_back": config.train.hold_back,
         "catalogue": inputs.catalog.version,
         "data": inputs.prepared.meta.fingerprint,
