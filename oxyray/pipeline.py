@@ -39,7 +39,8 @@ class Stage:
 
     `form` rises when the stage comes to write something else from the same settings. `beside` are folders that it writes besides its own.
     `settings` are the configuration keys that decide the result, less those in `speed`. It needs the stages in `reads`, and uses those in
-    `uses` where they have been made. A stage that is not `wanted` by the configuration is nobody's business.
+    `uses` where they have been made; the configuration may make it need these too (`needs`). A stage that is not `wanted` by it is
+    nobody's business.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Stage:
     speed: tuple[str, ...] = ()
     files: Callable[[Config], list[Path]] = lambda config: []
     wanted: Callable[[Config], bool] = lambda config: True
+    needs: Callable[[Config], tuple[str, ...]] = lambda config: ()
 
     def function(self) -> StageFunction:
         if not isinstance(self.work, str):
@@ -88,6 +90,7 @@ STAGES: tuple[Stage, ...] = (
         about="read or simulate the shop's tables, check and split them",
         work="oxyray.data.prepare:prepare",
         folder="data",
+        form=2,
         beside=("source",),
         settings=("data",),
         speed=("data.mall.workers",),
@@ -130,7 +133,7 @@ STAGES: tuple[Stage, ...] = (
         about="train the ranker that judges what the policy generates",
         work="oxyray.train.rank:rank",
         folder="rank",
-        form=2,
+        form=3,
         reads=("prepare", "sid"),
         settings=("rank",),
         speed=_on_workers("rank"),
@@ -157,6 +160,7 @@ STAGES: tuple[Stage, ...] = (
         uses=("rank", "align"),
         settings=("seed", "generate", "evaluate"),
         speed=("generate.requests_per_batch",),
+        needs=lambda config: ("rank",) if config.generate.ranker else (),
     ),
     Stage(
         name="report",
@@ -293,7 +297,7 @@ def _need_earlier(stage: Stage, config: Config, run: Run, stages: Sequence[Stage
         if not earlier.wanted(config):
             continue
         why = why_stale(earlier, config, run, check_files=False)
-        if why == "not made yet" and earlier.name in stage.uses:
+        if why == "not made yet" and earlier.name in stage.uses and earlier.name not in stage.needs(config):
             continue
         if why == "not made yet":
             raise RunError(

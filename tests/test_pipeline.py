@@ -217,6 +217,18 @@ def test_one_stage_alone_refuses_missing_and_unfitting_earlier_stages(shop: Shop
     assert shop.ran == ["read", "code", "read"]
 
 
+def test_a_stage_may_need_another_by_its_settings_alone(shop: Shop) -> None:
+    read, code, learn = shop.stages()
+    some = (read, code, replace(learn, reads=("read",), uses=("code",), needs=lambda config: ("code",) if config.generate.ranker else ()))
+    config = config_of(shop.folder)
+    run_one("read", config, some)
+    with pytest.raises(RunError, match="learn needs code, which .* does not hold"):
+        run_one("learn", replace(config, generate=replace(config.generate, ranker=1.0)), some)
+    [evaluate] = [stage for stage in STAGES if stage.name == "evaluate"]
+    assert evaluate.needs(config) == ()
+    assert evaluate.needs(replace(config, generate=replace(config.generate, ranker=1.0))) == ("rank",)
+
+
 def test_the_plan_tells_what_a_run_would_do_and_writes_nothing(shop: Shop) -> None:
     stages, names = shop.stages(), ["read", "code", "learn"]
     config = config_of(shop.folder)

@@ -11,6 +11,7 @@ all three of its ranges.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from contextlib import ExitStack
@@ -51,6 +52,7 @@ def prepare(config: Config, run: Run) -> None:
             source = folders.enter_context(whole(run.path("source")))
             write_source(data, source, quarantine, config.cluster)
         meta = write_prepared(data, source, out, quarantine)
+        bring_exposures(data, source, out)
     print(statistics.text(meta), flush=True)
     run.log("prepare", statistics.numbers(meta) | {"seconds": round(time.time() - started, 1)})
 
@@ -82,6 +84,14 @@ def write_source(data: DataConfig, folder: Path, quarantine: Quarantine, cluster
         from oxyray.data import importers
 
         importers.write(data, folder, quarantine)
+
+
+def bring_exposures(data: DataConfig, source: Path, out: Path) -> None:
+    """The shop's log of exposures, as it is, so that a run can be moved. It is of use where pages can be split by time."""
+    own = data.source == "mall"
+    file = (source if own else Path(data.path or "").expanduser()) / "exposures.parquet"
+    if data.split == "time" and file.is_file():
+        (os.link if own else shutil.copyfile)(file, out / file.name)
 
 
 def write_prepared(data: DataConfig, source: Path, out: Path, quarantine: Quarantine) -> Meta:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from oxyray.errors import DataError, RunError
 from oxyray.files import read_json
 
-FORMAT = 1
+FORMAT = 2
 EVENT_SCHEMA = pa.schema(
     [
         ("user", pa.int32()),
@@ -142,6 +142,12 @@ class Prepared:
     def query_column(self, part: int) -> pa.ChunkedArray:
         """The query text of each event of a part, null where there is none."""
         return self._table(self._part(part), ["query"])["query"]
+
+    @property
+    def exposures(self) -> Path | None:
+        """The shop's log of exposures; None where it has none, or none that can be used: pages are split by time."""
+        file = self.folder / "exposures.parquet"
+        return file if file.is_file() else None
 
     def user_events(self, user: int) -> dict[str, np.ndarray]:
         """All events of one user, in time order, whatever their split; without `query_row`."""

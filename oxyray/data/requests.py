@@ -68,7 +68,7 @@ def timeline(events: dict[str, Array], splits: tuple[int, ...] = (0, 1, 2)) -> T
     user_E = column["user"]
     user_start_E = _run_start(np.diff(user_E, prepend=-1) != 0)
     new_request = (np.diff(column["request"], prepend=-1) != 0) | (np.diff(user_E, prepend=-1) != 0)
-    visible_E = np.minimum(_run_start(new_request), _last_known(user_E, end_E, begin_E)) - user_start_E
+    visible_E = np.minimum(_run_start(new_request), last_known(user_E, end_E, begin_E)) - user_start_E
     return Timeline(
         user_E,
         column["item"],
@@ -130,7 +130,7 @@ def _request_times(user_E: Array, request_E: Array, time_E: Array) -> tuple[Arra
     return begin_E, end_E
 
 
-def _last_known(user_E: Array, end_E: Array, begin_E: Array) -> Array:
+def last_known(user_E: Array, end_E: Array, begin_E: Array) -> Array:
     """For each event, the row after the last event of its user whose request ended no later than this event's request began."""
     at = np.lexsort(
         (np.concatenate([np.zeros(len(end_E)), np.ones(len(end_E))]), np.concatenate([end_E, begin_E]), np.concatenate([user_E, user_E]))

@@ -163,8 +163,8 @@ class SegmentStream:
         self.position = {"epoch": int(state["epoch"]), "step": int(state["step"])}
 
     def batches(self, rank: int = 0, world: int = 1, micro_batches: int = 1) -> Iterator[list[Batch]]:
-        """Endless: from `position` on, this rank's micro-batches of each step. Where a step has too few segments for all, a slice is a
-        segment of the step with weight 0, so that its worker takes part all the same."""
+        """Endless: from `position` on, this rank's micro-batches of each step. Where a step has too few segments for all, a slice is one
+        target of the step with weight 0 behind its latest event, so that its worker takes part all the same."""
         while True:
             for step, (time, segments) in enumerate(self._epoch(self.position["epoch"])):
                 if step < self.position["step"]:
@@ -179,7 +179,7 @@ class SegmentStream:
             self.position = {"epoch": self.position["epoch"] + 1, "step": 0}
 
     def _weightless(self, time: Timeline, segments: Segments, drawn_N: Array | None) -> Batch:
-        batch = self.collate(time, segments.take(np.arange(1)), negative_N=drawn_N)
+        batch = self.collate(time, request_segments(time, segments.query_start_B[:1], 1), negative_N=drawn_N)
         return dataclasses.replace(batch, weight_Q=torch.zeros_like(batch.weight_Q))
 
     def _epoch(self, epoch: int) -> Iterator[tuple[Timeline, Segments]]:

@@ -56,7 +56,7 @@ def compare(config: Config, run: Run, inputs: Inputs, log: Log) -> dict[str, Any
         seconds[name] = round(time.monotonic() - began, 1)
     facts = _Facts.of(asked)
     table = [line for name, chance_QH in chances.items() for line in facts.lines(name, chance_QH, inputs.prepared.meta.scenarios)]
-    about = {"items": len(facts.done_Q), "pages": len(np.unique(facts.page_Q)), "exposures": log.exposures is not None}
+    about = {"items": len(facts.done_Q), "pages": len(np.unique(facts.page_Q)), "exposures": log.prepared.exposures is not None}
     return about | {"models": list(chances), "titles": TITLES, "table": table, "seconds": seconds}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from oxyray.config import Config
 from oxyray.data.prepared import Prepared
 from oxyray.reward.pages import Pages, exposed_pages, sampled_pages
 from oxyray.run import Run
-from oxyray.sid.queries import QueryVectors, exposures_file
+from oxyray.sid.queries import QueryVectors
 
 Array = np.ndarray
 
@@ -23,7 +22,6 @@ class Log:
     """`parts` pieces of pages, each user wholly in one. One piece is in memory at a time."""
 
     prepared: Prepared
-    exposures: Path | None
     negatives: int
     seed: int
     queries: QueryVectors | None = None
@@ -31,13 +29,12 @@ class Log:
 
     @classmethod
     def of(cls, config: Config, run: Run, prepared: Prepared) -> Log:
-        exposures = exposures_file(config, run, prepared)
         queries = QueryVectors.load(run) if config.rank.model.text_input else None
-        return cls(prepared, exposures, config.rank.negatives, config.rank.seed, queries)
+        return cls(prepared, config.rank.negatives, config.rank.seed, queries)
 
     @property
     def parts(self) -> int:
-        return 1 if self.exposures else self.prepared.parts
+        return 1 if self.prepared.exposures else self.prepared.parts
 
     def pages(self, part: int) -> Pages:
         """One piece, its queries' vectors set where they are known. Raises DataError on a log of exposures that cannot be used."""
@@ -46,8 +43,8 @@ class Log:
         return self._held[1]
 
     def _read(self, part: int) -> Pages:
-        if self.exposures:
-            pages = exposed_pages(self.prepared, self.exposures)
+        if self.prepared.exposures:
+            pages = exposed_pages(self.prepared, self.prepared.exposures)
         else:
             pool_SI = np.stack([self.prepared.pools[name] for name in self.prepared.meta.scenarios])
             pages = sampled_pages(self.prepared.events(part), pool_SI, negatives=self.negatives, seed=self.seed + part)

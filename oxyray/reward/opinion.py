@@ -24,20 +24,28 @@ Array = np.ndarray
 
 
 class RankerSays:
-    """`weight` times the logarithm of the ranker's probability of a click. It is not asked about newcomers, whom it has never seen. Raises
-    RunError where there is no ranker."""
+    """`weight` times the logarithm of the ranker's probability of a click. It is told what the policy is told, and not asked about
+    newcomers, whom it has never seen; an item that came into the catalogue after it gets the mean of its list. Raises RunError where there
+    is no ranker."""
 
     def __init__(self, config: Config, run: Run, inputs: Inputs, device: str = "cpu") -> None:
         self.weight = config.generate.ranker
         clicks = RewardConfig(components={"log_click": "log_click"}, weights={"default": {"log_click": 1.0}})
         self.service = RewardService(dataclasses.replace(config, reward=clicks), run, inputs, device)
+        text_IF, self.items = inputs.features.text_IF, inputs.prepared.meta.items
+        self.silent_F = None if text_IF is None else np.full(text_IF.shape[1], np.nan, dtype=np.float32)
 
     def __call__(self, batch: Batch, item_QR: Array) -> Array:
         asked = Asked.of(batch, np.full(len(item_QR), -1))
+        if asked.query_BF is None and self.silent_F is not None:  # a policy that reads no text: the log must not be asked in its place
+            asked = dataclasses.replace(asked, query_BF=np.tile(self.silent_F, (len(item_QR), 1)))
         bonus_QR = np.zeros(item_QR.shape)
-        known_Q = asked.user_B >= 0
+        known_Q, judged_QR = asked.user_B >= 0, (item_QR >= 0) & (item_QR < self.items)
         if known_Q.any():
-            bonus_QR[known_Q] = self.weight * self.service.judge(asked.only(known_Q), item_QR[known_Q]).reward_BG
+            item_BR, judged_BR = np.where(judged_QR, item_QR, -1)[known_Q], judged_QR[known_Q]
+            bonus_BR = self.weight * np.where(judged_BR, self.service.judge(asked.only(known_Q), item_BR).reward_BG, 0)
+            mean_B1 = bonus_BR.sum(1, keepdims=True) / np.maximum(judged_BR.sum(1, keepdims=True), 1)
+            bonus_QR[known_Q] = np.where(judged_BR, bonus_BR, mean_B1)
         return bonus_QR
 
 

@@ -5,8 +5,8 @@ Pages come from a log of exposures where there is one (`exposed_pages`), else fr
 (`sampled_pages`): uniform, because drawing by popularity would have to be corrected for in every probability. A drawn item was not seen by
 anybody, so later requests learn nothing of it.
 
-The one rule about time: a page knows those pages of its user that were over when it began. Pages of exposures with the same time do not
-know each other: a log writes the pages of one visit together, and their order there may tell which of them was clicked.
+The one rule about time: a page knows those pages of its user that were over before it began. So pages of one time do not know each
+other: a log writes the pages of one visit together, and their order there may tell which of them was clicked.
 
 Legend: R pages (requests), C items on all pages, E events, B stretches, A asked pages, I items of the catalogue, W distinct queries, F
 width of a text vector.
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from oxyray.data.order import by_time, run_starts
 from oxyray.data.prepared import Prepared
-from oxyray.data.requests import timeline
+from oxyray.data.requests import last_known, timeline
 from oxyray.data.tables import Ids, distinct
 from oxyray.errors import DataError
 
@@ -85,24 +85,25 @@ def exposed_pages(prepared: Prepared, file: Path) -> Pages:
     keep_C = (item_C >= 0) & np.repeat((user_R >= 0) & (scenario_R >= 0), size_R)
     size_R = np.bincount(np.repeat(np.arange(len(size_R)), size_R)[keep_C], minlength=len(size_R))
     time_R = table["event_time"].to_numpy()
-    order_R = np.lexsort((time_R, user_R))
-    order_R = order_R[size_R[order_R] > 0]
-    if not len(order_R):
+    if not size_R.any():
         raise DataError(f"{file}: no page shows a known item to a known user in a known scenario")
+    over_R = _over(prepared, user_R, time_R, size_R, item_C[keep_C], done_C[keep_C])
+    order_R = np.lexsort((time_R, over_R, user_R))
+    order_R = order_R[size_R[order_R] > 0]
     start_R = (np.cumsum(size_R) - size_R)[order_R]
     place_C = np.flatnonzero(keep_C)[ranges(start_R, size_R[order_R])]
-    user_R, time_R = user_R[order_R], time_R[order_R]
+    user_R, time_R, over_R = user_R[order_R], time_R[order_R], over_R[order_R]
     first_R = _run_start(run_starts(user_R))
     queries, query_R = _numbered(table["query"] if "query" in table.column_names else pa.nulls(len(size_R), pa.string()))
     return Pages(
         user_R=user_R,
         time_R=time_R,
-        over_R=time_R,
+        over_R=over_R,
         scenario_R=scenario_R[order_R],
         trigger_R=items.find(table["trigger_item_id"]).astype(np.int64)[order_R],
         split_R=by_time(time_R, starts[0], starts[1]),
         first_R=first_R,
-        visible_R=_run_start(run_starts(user_R, time_R)) - first_R,
+        visible_R=last_known(user_R, over_R, time_R - 1) - first_R,
         offset_R1=np.append(0, np.cumsum(size_R[order_R])),
         item_C=item_C[place_C],
         done_C=done_C[place_C],
@@ -121,8 +122,6 @@ def sampled_pages(events: dict[str, Array], pool_SI: Array, *, negatives: int, s
     page_E = np.cumsum(run_starts(time.user_E, time.request_E)) - 1
     scenario_R, user_R, items = time.scenario_E[start_R].astype(np.int64), time.user_E[start_R].astype(np.int64), pool_SI.shape[1]
     first_R = _run_start(run_starts(user_R))
-    # Events known to a request are whole requests from the user's first on, so they are told by where the last one ends.
-    known_R = np.append(page_E, len(start_R))[time.user_start_E[start_R] + time.visible_E[start_R]]
     random = np.random.default_rng(seed)
     drawn_RN = np.full((len(start_R), negatives), -1, np.int64)
     for scenario, pool_I in enumerate(pool_SI):
@@ -135,16 +134,17 @@ def sampled_pages(events: dict[str, Array], pool_SI: Array, *, negatives: int, s
     page_C, item_C = np.divmod(np.concatenate([taken_C, drawn_C]), items)
     order_C = np.argsort(page_C, kind="stable")
     over_R, event_R = _requests(events, user_R, time.request_E[start_R])
+    time_R = time.asked_E[start_R]
     queries, query_R = _numbered(pa.array(events["query"][event_R] if "query" in events else [None] * len(start_R), pa.string()))
     return Pages(
         user_R=user_R,
-        time_R=time.asked_E[start_R],
+        time_R=time_R,
         over_R=over_R,
         scenario_R=scenario_R,
         trigger_R=time.trigger_E[start_R].astype(np.int64),
         split_R=np.maximum.reduceat(time.split_E, start_R),  # a request that holds a test event is a test request
         first_R=first_R,
-        visible_R=known_R - first_R,
+        visible_R=last_known(user_R, over_R, time_R - 1) - first_R,
         offset_R1=np.append(0, np.cumsum(np.bincount(page_C, minlength=len(start_R)))),
         item_C=item_C[order_C],
         done_C=np.append(1 + time.action_E.astype(np.int64), np.zeros(len(drawn_C), np.int64))[order_C],
@@ -182,6 +182,26 @@ def stretches(pages: Pages, most: int, splits: tuple[int, ...] = (0,)) -> Stretc
     opens = np.flatnonzero((np.arange(len(row_A)) - begin_A) % np.repeat(size_U, count_U) == 0)
     stop_B = row_A[opens] + np.diff(np.append(opens, len(row_A)))
     return Stretches(np.maximum(first_A[opens], stop_B - most), row_A[opens], stop_B)
+
+
+def _over(prepared: Prepared, user_R: Array, time_R: Array, size_R: Array, item_C: Array, done_C: Array) -> Array:
+    """When each page was over: when the events have the last of what it says was done with its items, which may be long after it was shown;
+    its own time where they do not tell."""
+    page_C = np.repeat(np.arange(len(size_R)), size_R)[done_C > 0]
+    names = ["user", "item", "action", "time"]
+    logged = [prepared.events(part, names) for part in range(prepared.parts)]
+    asked = {"user": user_R[page_C], "item": item_C[done_C > 0], "action": done_C[done_C > 0] - 1, "time": time_R[page_C]}
+    column = {name: np.concatenate([asked[name], *(events[name] for events in logged)]) for name in names}
+    # Each asked one in front of the events of its time, so that what follows it is the first event at that time or later.
+    order = np.lexsort((np.arange(len(column["time"])) >= len(page_C), *(column[name] for name in reversed(names))))
+    following = np.minimum.accumulate(np.where(order >= len(page_C), np.arange(len(order)), len(order))[::-1])[::-1]
+    place_C = np.empty(len(order), np.int64)
+    place_C[order] = following
+    next_C = order[place_C[: len(page_C)].clip(max=len(order) - 1)]
+    same_C = np.all([column[name][next_C] == asked[name] for name in names[:3]], axis=0) & (next_C >= len(page_C))
+    over_R = time_R.copy()
+    np.maximum.at(over_R, page_C[same_C], column["time"][next_C[same_C]])
+    return over_R
 
 
 def _requests(events: dict[str, Array], user_R: Array, request_R: Array) -> tuple[Array, Array]:

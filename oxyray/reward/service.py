@@ -93,11 +93,12 @@ class RewardService:
         )
         pages = self._pages(asked.user_B)
         query_BF = self._queries(pages, asked)
+        heard_BF = None if pages.query_WF is None else query_BF  # a ranker that never saw a query would not know what to make of one
         candidates = Candidates(
             request_B=torch.arange(len(asked.user_B)), scenario_B=_long(asked.scenario_B), item_BJ=item_BJ, real_BJ=real_BJ,
             target_place_B=place_B, trigger_B=_long(asked.trigger_B), last_B=_long(asked.last_B),
             query_BF=None if query_BF is None else torch.from_numpy(query_BF),
-            chance_BJH=None if self.ranker is None else self._chances(pages, asked, torch.where(real_BJ, item_BJ, -1).numpy(), query_BF),
+            chance_BJH=None if self.ranker is None else self._chances(pages, asked, torch.where(real_BJ, item_BJ, -1).numpy(), heard_BF),
         )  # fmt: skip
         rewards = self.mapping(candidates)
         found = rewards.total_BJ[:, :-1].numpy()
@@ -125,10 +126,8 @@ class RewardService:
         return self.log.pages(int(part_B[0]))
 
     def _queries(self, pages: Pages, asked: Asked) -> Array | None:
-        """The query vector of each request, a row of NaN for none; None where no query of the log has a vector."""
-        if pages.query_WF is None:
-            return None
-        if asked.query_BF is not None:
+        """The query vector of each request, a row of NaN for none; None where nothing is known of any."""
+        if asked.query_BF is not None or pages.query_WF is None:
             return asked.query_BF
         query_BF = np.full((len(asked.user_B), pages.query_WF.shape[1]), np.nan, dtype=np.float32)
         first_B, end_B = np.searchsorted(pages.user_R, asked.user_B), np.searchsorted(pages.user_R, asked.user_B, side="right")

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from oxyray.config import Config
 from oxyray.data.prepared import Prepared
 from oxyray.errors import DataError, RunError
 from oxyray.run import Run
@@ -22,20 +21,10 @@ from oxyray.run import Run
 Array = np.ndarray
 
 
-def exposures_file(config: Config, run: Run, prepared: Prepared) -> Path | None:
-    """The shop's log of exposures, `exposures.parquet` beside its other tables; None where it has none, or one that cannot be used: pages
-    are split by time."""
-    if prepared.meta.split != "time":
-        return None
-    folder = run.path("source") if config.data.source == "mall" else Path(config.data.path or "").expanduser()
-    file = folder / "exposures.parquet"
-    return file if file.is_file() else None
-
-
-def distinct_queries(prepared: Prepared, exposures: Path | None) -> pa.Array:
-    """Every query text of the events and of the exposures, once, sorted. Empty texts count as none. Raises DataError where the exposures
-    cannot be read."""
-    texts = pa.array([], pa.large_string())
+def distinct_queries(prepared: Prepared, shown: bool = True) -> pa.Array:
+    """Every query text of the events and, with `shown`, of the exposures, once, sorted. Empty texts count as none. Raises DataError where
+    the exposures cannot be read."""
+    texts, exposures = pa.array([], pa.large_string()), prepared.exposures if shown else None
     for part in range(prepared.parts):
         texts = _joined(texts, prepared.query_column(part))
     try:

@@ -24,7 +24,7 @@ from oxyray.sid.encoder import TEXT_COLUMNS, encode, encoder_folder, encoder_ide
 from oxyray.sid.given import given_vectors
 from oxyray.sid.pairs import training_events
 from oxyray.sid.quality import quality, table
-from oxyray.sid.queries import QueryVectors, distinct_queries, exposures_file
+from oxyray.sid.queries import QueryVectors, distinct_queries
 from oxyray.sid.tokenizer import errors_at_fit, settled
 
 Array = np.ndarray
@@ -40,7 +40,7 @@ def sid(config: Config, run: Run) -> None:
             f"set sid.width={rqkmeans.power_below(items.num_rows)} or lower"
         )
     seconds, clock = {}, time.monotonic()
-    asked_W = distinct_queries(prepared, exposures_file(config, run, prepared))
+    asked_W = distinct_queries(prepared)
     vector_NF = encode([*item_texts(items), *asked_W.to_pylist()], settings, config.cluster)
     text_IF, queries = vector_NF[: items.num_rows], QueryVectors(asked_W, vector_NF[items.num_rows :])
     seconds["encode"], clock = time.monotonic() - clock, time.monotonic()

@@ -62,7 +62,7 @@ def gather_inputs(config: Config, run: Run, prepared: Prepared) -> None:
     folder = run.path("fuse", "inputs")
     if (folder / "about.json").exists() and read_json(folder / "about.json") == wanted:
         return
-    asked_W = distinct_queries(prepared, None)
+    asked_W = distinct_queries(prepared, shown=False)
     found = sources(config, prepared, asked_W, lambda: encode(item_texts(columns), config.sid, config.cluster))
     arrays: dict[str, Array] = {f"{name}_{side}": value for name, pairs in found.items() for side, value in vars(pairs).items()}
     items = item_tokens(columns, settings, config.sid, config.cluster)

@@ -171,3 +171,12 @@ def test_a_block_of_the_batch_points_at_the_same_items_as_the_whole_catalogue():
         local, catalogue = getattr(part, name), getattr(whole, name)
         assert torch.equal(torch.where(local < 0, -1, part.items.ids_U[local.clamp(min=0)]), catalogue)
     assert torch.equal(part.items.codes_UL, whole.items.codes_UL[part.items.ids_U])
+
+
+def test_a_worker_without_a_segment_takes_part_with_next_to_nothing() -> None:
+    workers = [next(stream(targets_per_step=1, history=200).batches(rank, 3, 2)) for rank in range(3)]
+    pieces = sorted((piece for worker in workers for piece in worker), key=lambda piece: -float(piece.weight_Q.sum()))
+    live, idle = [p for p in pieces if p.weight_Q.sum()], [p for p in pieces if not p.weight_Q.sum()]
+    assert live
+    assert idle
+    assert all(piece.queries == 1 and len(piece.item_N) <= 1 for piece in idle)

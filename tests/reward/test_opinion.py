@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from oxyray import Recommender
-from oxyray.config import Config
+from oxyray.config import Config, RewardConfig
 from oxyray.data.requests import request_segments, timeline
 from oxyray.errors import RunError
 from oxyray.evaluate.runner import evaluate
@@ -19,7 +19,7 @@ from oxyray.evaluate.table import entry
 from oxyray.model.inputs import Inputs
 from oxyray.pipeline import STAGES
 from oxyray.reward.opinion import RankerSays, opinions
-from oxyray.reward.service import Asked
+from oxyray.reward.service import Asked, RewardService
 from oxyray.run import Run
 from tests.align.shop import ready_run
 
@@ -76,6 +76,45 @@ def test_newcomers_are_left_as_the_beams_have_them(shop: tuple[Config, Run]) -> 
     np.testing.assert_array_equal(bonus_QR[1::2], known_QR[1::2])
     some.user_B[:] = -1
     assert (says(some, item_QR) == 0).all()
+
+
+def test_items_that_came_after_the_ranker_stand_where_the_beams_have_them_among_the_others(shop: tuple[Config, Run]) -> None:
+    config, run = shop
+    inputs, batch = asked(config, run)
+    says, items = RankerSays(config, run, inputs), inputs.prepared.meta.items
+    item_QR = np.tile(np.array([3, items, 1, items + 40, -1]), (batch.queries, 1))
+    bonus_QR = says(batch, item_QR)
+    np.testing.assert_array_equal(bonus_QR[:, [0, 2]], says(batch, item_QR[:, [0, 2]]))
+    for new in (1, 3):
+        np.testing.assert_allclose(bonus_QR[:, new], bonus_QR[:, [0, 2]].mean(1))
+    assert (says(batch, np.full((batch.queries, 2), items)) == 0).all()
+
+
+def test_where_the_policy_reads_no_text_the_log_is_not_asked_in_its_place(shop: tuple[Config, Run], monkeypatch) -> None:
+    config, run = shop
+    inputs, batch = asked(config, run)
+    says = RankerSays(config, run, inputs)
+    assert says.silent_F is None, "this shop has no texts at all"
+    says.silent_F = np.full(3, np.nan, dtype=np.float32)
+    heard: list[np.ndarray] = []
+    judge = says.service.judge
+    monkeypatch.setattr(says.service, "judge", lambda asked, items: (heard.append(asked.query_BF), judge(asked, items))[1])
+    says(batch, np.zeros((batch.queries, 2), np.int64))
+    assert heard[0].shape == (batch.queries, 3)
+    assert np.isnan(heard[0]).all()
+
+
+def test_the_query_of_a_request_counts_though_the_ranker_reads_none(shop: tuple[Config, Run]) -> None:
+    config, run = shop
+    inputs, batch = asked(config, run)
+    text_IF = np.random.default_rng(2).normal(size=(inputs.prepared.meta.items, 4)).astype(np.float32)
+    relative = replace(config, reward=RewardConfig(components={"relative": "relative"}, weights={"default": {"relative": 1.0}}))
+    service = RewardService(relative, run, replace(inputs, text_IF=text_IF))
+    told = Asked.of(batch, np.full(batch.queries, -1))
+    typed = replace(told, query_BF=np.tile(text_IF[5], (batch.queries, 1)))
+    reward_BG = service.judge(typed, np.tile(np.array([5, 6]), (batch.queries, 1))).reward_BG
+    cosine = text_IF[5] @ text_IF[6] / np.linalg.norm(text_IF[5]) / np.linalg.norm(text_IF[6])
+    np.testing.assert_allclose(reward_BG, np.tile([1.0, cosine], (batch.queries, 1)), atol=1e-5)
 
 
 def test_what_was_typed_is_what_the_ranker_reads(shop: tuple[Config, Run]) -> None:

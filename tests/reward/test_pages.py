@@ -16,7 +16,7 @@ from oxyray.config import Config, DataConfig, MallConfig
 from oxyray.data.prepare import prepare
 from oxyray.data.prepared import Prepared
 from oxyray.errors import DataError
-from oxyray.reward.pages import Pages, exposed_pages, sampled_pages, stretches
+from oxyray.reward.pages import Pages, _over, exposed_pages, sampled_pages, stretches
 from oxyray.run import Run
 from tests.data import toy
 from tests.reward.toys import random_pages
@@ -45,7 +45,7 @@ def test_exposures_are_ordered_numbered_and_split(prepared: Prepared, tmp_path: 
     rows = [
         page("u1", 1030, ["i1", "i2"], [0, 2], trigger="i0"),
         page("u0", late, ["i3"], [1]),
-        page("u0", 1000, ["i4", "nobody's", "i5"], [0, 3, 1]),
+        page("u0", 1000, ["i4", "nobody's", "i5"], [0, 3, 2]),
         page("u0", 1000, ["i0"], [0]),
         page("u0", 1010, ["i1"], [3]),
         page("stranger", 1010, ["i1", "i2"], [3, 0]),
@@ -58,7 +58,7 @@ def test_exposures_are_ordered_numbered_and_split(prepared: Prepared, tmp_path: 
     assert [prepared.users["user_id"][int(u)].as_py() for u in found.user_R] == ["u0"] * 4 + ["u1"]
     assert found.time_R.tolist() == [1000, 1000, 1010, late, 1030]
     assert [names[i] for i in found.item_C] == ["i4", "i5", "i0", "i1", "i3", "i1", "i2"]
-    assert found.done_C.tolist() == [0, 1, 0, 3, 1, 0, 2]
+    assert found.done_C.tolist() == [0, 2, 0, 3, 1, 0, 2]
     assert found.offset_R1.tolist() == [0, 2, 3, 4, 5, 7]
     assert found.visible_R.tolist() == [0, 0, 2, 3, 0]
     assert found.split_R.tolist() == [0, 0, 0, 2, 0]
@@ -67,6 +67,55 @@ def test_exposures_are_ordered_numbered_and_split(prepared: Prepared, tmp_path: 
     rows[0]["query"], rows[3]["query"] = "pans", "pots"
     found = read(prepared, tmp_path, rows)
     assert [found.queries[q] if q >= 0 else None for q in found.query_R] == [None, "pots", None, None, "pans"]
+
+
+def test_a_page_is_over_when_the_last_of_what_it_says_was_done(tmp_path: Path):
+    late = [toy.event("u0", "i3", 1037), toy.event("u0", "i3", 1039, "purchase"), toy.event("u0", "i3", 1080, "purchase")]
+    tables = toy.write(tmp_path / "tables", [*toy.EVENTS, *late])
+    prepared = toy.run(tables, tmp_path / "run", split="time", valid_share=0.2, test_share=0.2)
+    rows = [
+        page("u0", 1031, ["i2", "i3"], [0, 3]),  # i3 was bought at 1039
+        page("u0", 1032, ["i4", "i5"], [0, 2]),  # of a cart the events know nothing
+        page("u0", 1033, ["i0"], [0]),
+        page("u0", 1038, ["i1"], [0]),
+        page("u0", 1039, ["i1"], [0]),
+        page("u0", 1040, ["i1"], [0]),
+    ]
+    found = read(prepared, tmp_path, rows)
+    assert found.time_R.tolist() == [1032, 1033, 1038, 1031, 1039, 1040]
+    assert found.over_R.tolist() == [1032, 1033, 1038, 1039, 1039, 1040]
+    assert found.visible_R.tolist() == [0, 1, 2, 0, 3, 5]
+    names = prepared.items["item_id"].to_pylist()
+    assert [names[i] for i in found.item_C] == ["i4", "i5", "i0", "i1", "i2", "i3", "i1", "i1"]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 25))
+@settings(max_examples=80, deadline=None)
+def test_when_pages_are_over_against_a_look_at_every_event(seed: int, pages: int):
+    random = np.random.default_rng(seed)
+
+    class Events:
+        parts = 2
+
+        def events(self, part: int, columns: list[str]) -> dict[str, np.ndarray]:
+            assert columns == ["user", "item", "action", "time"]
+            return {name: column[part::2] for name, column in logged.items()}
+
+    count = int(random.integers(0, 30))
+    logged = {"user": random.integers(0, 3, count), "item": random.integers(0, 4, count), "action": random.integers(0, 3, count),
+              "time": random.integers(0, 20, count)}  # fmt: skip
+    user_R, time_R, size_R = random.integers(0, 3, pages), random.integers(0, 20, pages), random.integers(0, 4, pages)
+    item_C, done_C = random.integers(0, 4, size_R.sum()), random.integers(0, 4, size_R.sum())
+    want = []
+    ends = np.cumsum(size_R)
+    for r in range(pages):
+        over = int(time_R[r])
+        for c in range(ends[r] - size_R[r], ends[r]):
+            same = (logged["user"] == user_R[r]) & (logged["item"] == item_C[c]) & (logged["action"] == done_C[c] - 1)
+            later = logged["time"][same & (logged["time"] >= time_R[r])]
+            over = max(over, int(later.min(initial=over)) if not len(later) else int(later.min()))
+        want.append(over)
+    assert _over(Events(), user_R, time_R, size_R, item_C, done_C).tolist() == want  # type: ignore[arg-type]
 
 
 def test_exposures_that_cannot_be_used(prepared: Prepared, tmp_path: Path):
@@ -88,7 +137,8 @@ def test_the_embedded_shop_packs(tmp_path: Path):
     data = DataConfig(name="mall", source="mall", mall=MallConfig(size="tiny"))
     prepare(Config(run_dir=str(tmp_path), data=data), Run(tmp_path))
     prepared = Prepared.load(tmp_path / "data")
-    pages = exposed_pages(prepared, tmp_path / "source" / "exposures.parquet")
+    assert prepared.exposures is not None
+    pages = exposed_pages(prepared, prepared.exposures)
     clicks = np.add.reduceat(pages.done_C > 0, pages.offset_R1[:-1])
     assert clicks.max() == 1
     assert (clicks == 1).sum() == prepared.meta.requests
@@ -150,7 +200,7 @@ def test_pages_of_events(columns: dict[str, np.ndarray], negatives: int):
         first = found.first_R[n]
         for k in range(first, first + found.visible_R[n]):
             assert found.user_R[k] == found.user_R[n]
-            assert found.over_R[k] <= found.time_R[n]
+            assert found.over_R[k] < found.time_R[n]
         unknown = range(first + found.visible_R[n], len(found))
         assert not any(found.user_R[k] == found.user_R[n] and found.over_R[k] < found.time_R[n] for k in unknown)
         assert found.split_R[n] >= max(columns["split"][rows_of[page_of[n]]]) or len(match) > 1

@@ -19,7 +19,7 @@ from oxyray.reward.pages import _numbered
 from oxyray.run import Run
 from oxyray.sid import stage
 from oxyray.sid.encoder import encode
-from oxyray.sid.queries import QueryVectors, distinct_queries, exposures_file
+from oxyray.sid.queries import QueryVectors, distinct_queries
 from tests.sid.test_stage import made
 
 TYPED = ["red lipstick", None, "tea pott", "", "red lipstick"]
@@ -75,25 +75,25 @@ def test_pages_of_the_log_find_every_query_and_take_an_empty_one_for_none(shop: 
     assert _numbered(empty)[1].tolist() == [-1, 0, -1, 0]
 
 
-def test_exposures_count_where_pages_can_be_made_of_them(shop: Run) -> None:
-    prepared = Prepared.load(shop.path("data"))
-    file = exposures_file(shop.config(), shop, replace_split(prepared, "time"))
-    assert file is not None
-    assert distinct_queries(prepared, file).to_pylist() == ["garden hose", "red lipstick", "tea pott"]
-    assert exposures_file(shop.config(), shop, replace_split(prepared, "leave_one_out")) is None
-
-
-def replace_split(prepared: Prepared, split: str) -> Prepared:
-    return Prepared(prepared.folder, replace(prepared.meta, split=split))
+def test_exposures_come_into_the_run_where_pages_can_be_made_of_them(shop: Run, tmp_path: Path) -> None:
+    without = Prepared.load(shop.path("data"))
+    assert without.exposures is None, "left one out"
+    assert distinct_queries(without).to_pylist() == ["red lipstick", "tea pott"]
+    config = shop.config()
+    run = Run(tmp_path / "run")
+    prepare(replace(config, run_dir=str(run.folder), data=replace(config.data, split="time", time_unit="seconds")), run)
+    by_time = Prepared.load(run.path("data"))
+    (Path(config.data.path or "") / "exposures.parquet").unlink()
+    assert by_time.exposures is not None, "the run has its own"
+    assert distinct_queries(by_time).to_pylist() == ["garden hose", "red lipstick", "tea pott"]
+    assert distinct_queries(by_time, shown=False).to_pylist() == ["red lipstick", "tea pott"]
 
 
 def test_a_damaged_log_of_exposures_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "exposures.parquet"
-    file.write_bytes(b"PAR1 and no more")
-    config, run = made(tmp_path, tmp_path / "vectors")
-    del config
+    _, run = made(tmp_path, tmp_path / "vectors")
+    run.path("data", "exposures.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match=r"exposures\.parquet: not a readable log of exposures"):
-        distinct_queries(Prepared.load(run.path("data")), file)
+        distinct_queries(Prepared.load(run.path("data")))
 
 
 def test_a_shop_without_queries_has_none(tmp_path: Path) -> None:
