@@ -10,7 +10,7 @@ of candidates, for as many requests with pasts as long, is generated from a T5 o
 and by Hugging Face's `generate`. A step by one of these ways is the real step's publication, judging and learning with that way's
 generation; the encoder, and the candidates' log-probabilities for the learner, are left out of all of them alike. It is done for the size
 of the runs above, for large beams there, and for large beams at the paper's density of codes: a random shop of 200,000 items and 8,192
-codes a level, users of 200 events, a policy of width 256 and 4 + 4 layers.
+codes a level, a policy of width 256 and 4 + 4 layers that reads 200 events of its users, or 500.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ QUICK = ("data.mall.size=tiny", "model=tiny", "sid.iterations=5", "train.max_ste
 FULL = ("data.mall.size=small", "train.max_steps=10", "rank.max_steps=10", "align.steps=16", "align.requests_per_step=64",
         "align.pieces=4", "align.group=16", "align.supervised_targets=128")  # fmt: skip
 WIDE: dict[str, Any] = {"requests_per_step": 16, "group": 256}  # large beams, as the paper's
-PAPER = ("model=medium", "model.head=codes", "model.hidden=1024", "model.history=200", "model.text_input=false", "train.max_steps=2",
+PAPER = ("model=medium", "model.head=codes", "model.hidden=1024", "model.history=500", "model.text_input=false", "train.max_steps=2",
          "train.targets_per_step=128", "rank.model.text_input=false", "rank.max_steps=2", "rank.items_per_step=500", "sid.iterations=3",
          "align.requests_per_step=16", "align.pieces=4", "align.group=256", "align.supervised_targets=128")  # fmt: skip
+SHORTER = 200
 QUICK_PAPER = (*PAPER, "model=tiny", "model.hidden=64", "model.history=20", "align.requests_per_step=4", "align.group=16")
 WIDE_QUICK: dict[str, Any] = {"requests_per_step": 4, "group": 16}
 
@@ -61,7 +62,7 @@ WIDE_QUICK: dict[str, Any] = {"requests_per_step": 4, "group": 16}
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     quick = options.quick
-    rounds, workers = (1, (1, 2)) if quick else (3, (1, 2, 4))
+    rounds, workers = (1, (1, 2)) if quick else (2, (1, 2, 4))
     with tempfile.TemporaryDirectory(prefix="oxyray-bench-") as folder:
         places = (f"run_dir={folder}/run", f"sid.cache_dir={folder}/vectors", f"seed={SEED}")
         config = compose_config(check(["data=mall", *places, *SHORT, *(QUICK if quick else FULL)]))
@@ -76,7 +77,14 @@ def main() -> None:
         one_step_off(report, found)
         more_workers(report, found, config.align.requests_per_step, workers)
         wide = dataclasses.replace(config, align=dataclasses.replace(config.align, **(WIDE_QUICK if quick else WIDE)))
-        for title, sized, turns in (("", config, 8), ("", wide, 4), (", the paper's codes", paper, 2)):
+        shorter = dataclasses.replace(paper, model=dataclasses.replace(paper.model, history=min(SHORTER, paper.model.history)))
+        sizes = (
+            ("", config, 8),
+            ("", wide, 4),
+            (f", the paper's codes, {shorter.model.history} events", shorter, 2),
+            (f", the paper's codes, {paper.model.history} events", paper, 2),
+        )
+        for title, sized, turns in sizes:
             [steps] = spawned(1, 1, parts_of_steps, to_dict(sized), folder, 2 if quick else turns)
             beside_hugging_face(report, steps, sized.align, title)
     report.finish(quick)
@@ -84,7 +92,7 @@ def main() -> None:
 
 def paper_like(folder: Path, quick: bool) -> Config:
     """A random shop of the paper's density, with a policy and a ranker of a few steps."""
-    items, codes, users, events = (2_000, 32, 60, 20) if quick else (200_000, 8192, 300, 220)
+    items, codes, users, events = (2_000, 32, 60, 20) if quick else (200_000, 8192, 300, 600)
     words = random_shop.write(folder / "random", items, codes, users, events, SEED)
     config = compose_config(check([*words, f"run_dir={folder}/paper", f"seed={SEED}", *SHORT, *(QUICK_PAPER if quick else PAPER)]))
     with contextlib.redirect_stdout(io.StringIO()):

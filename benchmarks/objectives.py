@@ -6,7 +6,8 @@ One supervised policy, which has held the newest training events back, is aligne
 a seed draws requests and candidates. What is told is the test split's, of the weights that validation chose (`align` keeps the start where
 nothing was better). Beside the objectives stand two controls. `supervised`: the same loop on the same requests in which nothing but the
 item really taken is learned, without candidates. And no alignment at all: a policy pre-trained on everything, nothing held back, for as
-many minutes as the start and SA-GCPO took together. Finished runs are kept in `runs/`, so a stopped benchmark goes on where it was.
+many minutes as the start and SA-GCPO took together (`--no-plain` leaves it out). Finished runs are kept in `runs/`, so a stopped benchmark
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("part", choices=(*RIVALS, "tau", "synthetic"))
     parser.add_argument("words", nargs="*", help="overrides, as of `oxyray run`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--no-plain", action="store_true", help="without the policy that is trained on everything and not aligned")
     options = parser.parse_intermixed_args()
     seeds = options.seeds[:1] if options.quick else options.seeds
     words = ["evaluate.baselines=[]", "generate.ranker=0", *(["debug=fast"] if options.quick else []), *options.words]
@@ -71,7 +73,7 @@ def main() -> None:
                 found.setdefault(START, []).append(begun)
                 found.setdefault(title, []).append(aligned)
                 print(f"seed {seed}, {title}: {aligned}", flush=True)
-            if options.part in RIVALS:
+            if options.part in RIVALS and not options.no_plain:
                 longer = read_json(base / "pretrain" / "progress.json")["minutes"] + found["sa_gcpo"][-1]["minutes"]
                 found.setdefault(PLAIN, []).append(plain(words, Run(config.run_dir), base / f"plain-{seed}", seed, longer))
                 print(f"seed {seed}, {PLAIN}: {found[PLAIN][-1]}", flush=True)

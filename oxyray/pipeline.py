@@ -146,8 +146,15 @@ STAGES: tuple[Stage, ...] = (
         reads=("prepare", "sid", "pretrain", "rank"),
         settings=("align", "reward", "generate"),
         speed=(
-            *("align.learners", "align.rollouts", "align.judges", "align.layout", "align.threads_per_process", "align.gpu"),
-            *("align.shared_memory", "align.optim.zero_stage", "align.save_every_steps", "align.max_restarts", "align.timeout_s"),
+            *("align.learners", "align.rollouts", "align.judges", "align.dense", "align.layout", "align.threads_per_process"),
+            *(
+                "align.gpu",
+                "align.shared_memory",
+                "align.optim.zero_stage",
+                "align.save_every_steps",
+                "align.max_restarts",
+                "align.timeout_s",
+            ),
             *("reward.retries", "generate.requests_per_batch", "generate.followers", "generate.ranker"),  # nobody has a say in candidates
         ),
     ),

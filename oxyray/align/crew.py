@@ -1,7 +1,7 @@
 """Who takes part in the loop: learners, rollout workers, judges, and what passes between them. The driver holds one crew.
 
-Tables pass through shared memory and dense weights through Ray's object store, one copy a node; both under one version. While a version is
-published nobody generates, so no reader meets two versions. Where Ray has several nodes, a server on each learners' node answers for its
+Tables pass through shared memory and dense weights as `oxyray.align.handover` has it, both under one version. While a version is published
+nobody generates, so no reader meets two versions. Where Ray has several nodes, a server on each learners' node answers for its
 rows, since a rollout worker may be, or come back, on another node than the learners.
 
 Legend: B requests, G candidates, L SID levels.
@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from oxyray.align.handover import Broadcast, HandOver, through_the_store
 from oxyray.align.learner import Judged
-from oxyray.align.processes import JudgeProcess, LearnerProcess, RolloutProcess
+from oxyray.align.processes import JudgeProcess, LearnerProcess, RolloutProcess, WeightsLost
 from oxyray.align.rollout import Rolled
 from oxyray.cluster.fleet import Fleet
 from oxyray.cluster.group import Group
@@ -68,6 +70,7 @@ class Crew:
         self.judges = Fleet("judge", judges, settings.timeout_s, settings.max_restarts)
         self.learners = self._learners()
         self.judges.enrol("begin")
+        self.hand_over: HandOver = Broadcast(settings.timeout_s) if settings.dense == "broadcast" else through_the_store
 
     def form(self) -> None:
         """Let the learners join; they begin from the last whole checkpoint. Raises GroupLost when one dies meanwhile."""
@@ -98,12 +101,10 @@ class Crew:
             return
         pieces = range(self.config.align.pieces)
         began = time.monotonic()
-        for piece in pieces:
-            self.rollouts.submit((step, piece), "generate", step=step, piece=piece)
-        try:
+        with _of_learners():
+            for piece in pieces:
+                self.rollouts.submit((step, piece), "generate", step=step, piece=piece)
             rolled: list[Rolled] = self.rollouts.collect([(step, piece) for piece in pieces], f"step {step}: generation")
-        except RowsLost as error:
-            raise GroupLost(str(error)) from error
         generated = time.monotonic()
         for piece in pieces:
             self.judges.submit((step, piece), "judge", rolled=rolled[piece])
@@ -134,11 +135,9 @@ class Crew:
         if version == self.version and not self._fresh:
             return
         began = time.monotonic()
-        self.rollouts.rest(f"publication of version {version}")
-        weights = self.learners.call("publish", version=version)[0]
-        import ray
-
-        self.rollouts.enrol("load", version=version, weights=ray.put(weights), folder=str(self._tables()), servers=self._servers)
+        with _of_learners():
+            self.rollouts.rest(f"publication of version {version}")
+            self.hand_over(version, self.learners, self.rollouts, str(self._tables()), self._servers)
         self.version, self._fresh = version, False
         self._seconds["publish"] = time.monotonic() - began
 
@@ -192,6 +191,15 @@ class Crew:
         where = options(self.plan, self.group, role, number)
         made: Any = ray.remote(cls).options(max_restarts=lives, max_task_retries=0, runtime_env={"env_vars": variables}, **where)
         return made.remote(*arguments)
+
+
+@contextmanager
+def _of_learners() -> Iterator[None]:
+    """What a rollout worker could not have of the learners is their loss."""
+    try:
+        yield
+    except (RowsLost, WeightsLost) as error:
+        raise GroupLost(str(error)) from error
 
 
 def _means(each: list[dict[str, tuple[float, int]]]) -> dict[str, float]:

@@ -14,15 +14,21 @@ import numpy as np
 from oxyray.align.judge import Judge
 from oxyray.align.learner import Judged, Learner
 from oxyray.align.rollout import Rolled, Rollout
+from oxyray.cluster.channel import Channel, Form, Seat, forms
 from oxyray.cluster.fleet import Member
 from oxyray.cluster.group import Rank
 from oxyray.cluster.publish import sweep
 from oxyray.cluster.rows import here, opener
+from oxyray.cluster.wait import ProcessLost, answers
 from oxyray.config import Config, from_dict
-from oxyray.errors import RewardError
+from oxyray.errors import ClusterError, RewardError
 from oxyray.logs import log_warnings
 from oxyray.run import Run
 from oxyray.train import checkpoint
+
+
+class WeightsLost(ClusterError):
+    """A rollout worker could not have the learners' dense weights."""
 
 
 class LearnerProcess(Rank):
@@ -30,6 +36,8 @@ class LearnerProcess(Rank):
 
     def __init__(self, config: dict[str, Any], tables: str, checkpoints: str) -> None:
         self.config, self.tables, self.checkpoints = from_dict(Config, config), Path(tables), Path(checkpoints)
+        self.kept: tuple[int, dict[str, np.ndarray]] = (-1, {})
+        self.channel: Channel | None = None
 
     def join(self, rank: int, world: int, local_rank: int, local_world: int, address: str, port: int, seconds: float) -> None:
         import torch
@@ -51,8 +59,25 @@ class LearnerProcess(Rank):
     def learn(self, pieces: list[tuple[Rolled, Judged]]) -> dict[str, float]:
         return self.learner.learn(pieces)
 
-    def publish(self, version: int) -> dict[str, np.ndarray]:
-        return self.learner.publish(version)
+    def publish(self, version: int, keep: bool = False) -> dict[str, np.ndarray] | list[Form]:
+        """The dense weights; or their forms, where they are kept here to be sent or asked for."""
+        weights = self.learner.publish(version)
+        if not keep:
+            return weights
+        self.kept = version, weights
+        return forms(weights)
+
+    def send(self, seat: Seat | None) -> None:
+        """What is kept, to all who receive in this channel; nothing without a seat."""
+        if seat is not None:
+            self.channel = _channel(self.channel, seat)
+            self.channel.send(self.kept[1])
+
+    def weights(self, version: int) -> dict[str, np.ndarray]:
+        """What is kept. Raises WeightsLost when it is of another version."""
+        if self.kept[0] != version:
+            raise WeightsLost(f"dense weights of version {version} were asked for, the first learner keeps those of {self.kept[0]}")
+        return self.kept[1]
 
     def validate(self) -> dict[str, float]:
         return self.learner.validate()
@@ -69,6 +94,7 @@ class RolloutProcess(Member):
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = from_dict(Config, config)
+        self.channel: Channel | None = None
 
     @cached_property
     def rollout(self) -> Rollout:
@@ -79,6 +105,20 @@ class RolloutProcess(Member):
     def load(self, version: int, weights: Mapping[str, np.ndarray], folder: str, servers: Sequence[tuple[str, Any]]) -> int:
         """`servers` answer for the rows of other nodes, see `oxyray.cluster.rows`."""
         return self.rollout.load(version, weights, Path(folder), opener(servers))
+
+    def receive(self, version: int, seat: Seat, expected: list[Form], folder: str, servers: Sequence[tuple[str, Any]]) -> int:
+        """As `load`, in a channel from the first learner. Raises ChannelLost."""
+        rollout = self.rollout  # made first, which takes its time
+        self.channel = _channel(self.channel, seat)
+        return rollout.load(version, self.channel.receive(expected), Path(folder), opener(servers))
+
+    def fetch(self, version: int, learner: Any, folder: str, servers: Sequence[tuple[str, Any]]) -> int:
+        """As `load`, from what the first learner keeps. Raises WeightsLost."""
+        try:
+            [weights] = answers([learner.weights.remote(version)], self.config.align.timeout_s, "dense weights")
+        except ProcessLost as error:
+            raise WeightsLost(str(error)) from error
+        return self.load(version, weights, folder, servers)
 
     def release(self) -> None:
         if "rollout" in vars(self):
@@ -104,6 +144,11 @@ class JudgeProcess(Member):
             with suppress(RewardError):
                 return self.judging.judge(rolled)
         return self.judging.judge(rolled)
+
+
+def _channel(present: Channel | None, seat: Seat) -> Channel:
+    """The channel of this seat: the one that there is, or another."""
+    return present if present is not None and present.seat == seat else Channel(seat)
 
 
 def _settle(config: Config, role: str) -> None:

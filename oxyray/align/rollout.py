@@ -79,13 +79,15 @@ class Rollout:
         self._reference_shelf: Shelf | None = None
         self.version = -1
 
-    def load(self, version: int, weights: Mapping[str, Array], folder: Path, open_table: Open = TableReader) -> int:
+    def load(self, version: int, weights: Mapping[str, Array | Tensor], folder: Path, open_table: Open = TableReader) -> int:
         """Take over the dense weights of a version, whose tables are published in `folder`, and how a table there is opened; gives the
         version back. What was opened stays open while the folder is the same."""
         if folder != self._folder:
             self._folder, self._open, self._readers = folder, open_table, {}
         self._shelf = None
-        self.policy.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()}, strict=False)
+        # Ray's arrays cannot be written to, of which torch would warn
+        given = {name: value if isinstance(value, Tensor) else torch.from_numpy(np.array(value)) for name, value in weights.items()}
+        self.policy.load_state_dict(given, strict=False)
         self.version = version
         return version
 

@@ -22,7 +22,7 @@ from oxyray.cluster.placement import colocated, reserved, split
 from oxyray.cluster.start import ray_for
 from oxyray.cluster.wait import GroupLost
 from oxyray.config import Config, to_dict
-from oxyray.errors import Stopped, TrainingError
+from oxyray.errors import ConfigError, Stopped, TrainingError
 from oxyray.files import clear_leftovers, read_json, whole, write_json
 from oxyray.model.inputs import Inputs
 from oxyray.progress import bar
@@ -49,6 +49,8 @@ def align(config: Config, run: Run) -> None:
         import ray
 
         gpu = settings.gpu == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+        if gpu and settings.layout == "colocated" and settings.dense == "broadcast":
+            raise ConfigError("align.dense: a collective joins no two processes of one GPU: set align.layout=split, or align.dense=store")
         plan = (colocated if settings.layout == "colocated" else split)(settings.learners, settings.rollouts, settings.judges, gpu)
         with reserved(plan, config.cluster.start_timeout_s, "use fewer align.learners, align.rollouts or align.judges") as group:
             variables = environment(config, settings.threads_per_process, count)
@@ -112,7 +114,18 @@ def _course(found: checkpoint.Checkpoint | None, run: Run) -> Course:
 
 def _identity(config: Config, run: Run) -> dict[str, Any]:
     """What a checkpoint must have been made with to be gone on from: what decides the weights, and not how fast."""
-    speed = ("learners", "rollouts", "judges", "layout", "threads_per_process", "gpu", "shared_memory", "save_every_steps", "steps")
+    speed = (
+        "learners",
+        "rollouts",
+        "judges",
+        "dense",
+        "layout",
+        "threads_per_process",
+        "gpu",
+        "shared_memory",
+        "save_every_steps",
+        "steps",
+    )
     settings = {name: value for name, value in to_dict(config.align).items() if name not in (*speed, "max_restarts", "timeout_s")}
     settings["optim"] = {name: value for name, value in settings["optim"].items() if name != "zero_stage"}
     start, ranker = (read_json(run.path(stage, "model", "model.json")) for stage in ("pretrain", "rank"))

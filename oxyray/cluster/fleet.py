@@ -78,12 +78,23 @@ class Fleet:
         self._lost: set[int] = set()
         self._since = dict[int, float]()
 
-    def enrol(self, method: str, **arguments: Any) -> None:
-        """Call `method` on every member, and from now on on every newcomer before it serves. Only while no job runs."""
+    def enrol(self, method: str, *, at_once: tuple[str, dict[int, dict[str, Any]]] | None = None, **arguments: Any) -> None:
+        """Call `method` on every member, and from now on on every newcomer before it serves. Only while no job runs. `at_once` names
+        another method for the members that it has arguments for."""
         if self._running:
             raise ClusterError(f"{self.name}: jobs are running; a fleet is enrolled while it rests")
         self.enrolment, self.enrolments = (method, arguments), self.enrolments + 1
-        self._enrolled(self._manager.healthy_actor_ids())
+        members = self.healthy()
+        if at_once is None:
+            return self._enrolled(members)
+        other, each = at_once
+        self._enrolled([member for member in members if member in each], [(other, each[member]) for member in members if member in each])
+        return self._enrolled([member for member in members if member not in each])
+
+    def healthy(self) -> list[int]:
+        """The members that are known to live."""
+        found: list[int] = self._manager.healthy_actor_ids()
+        return found
 
     def submit(self, key: Hashable, method: str, **arguments: Any) -> None:
         """Queue a job; nothing happens to a key that is queued, running or answered already."""
@@ -206,15 +217,16 @@ class Fleet:
         if back:
             self._enrolled(back)
 
-    def _enrolled(self, members: list[int]) -> None:
+    def _enrolled(self, members: list[int], each: list[Enrol] | None = None) -> None:
         import ray
 
         if self.enrolment is None or not members:
             for member in members:
                 self._alive(member)
             return
-        method, arguments = self.enrolment
-        asked = arguments | {"method": method, "enrolment": self.enrolments}
+        asked = [
+            arguments | {"method": method, "enrolment": self.enrolments} for method, arguments in each or [self.enrolment] * len(members)
+        ]
         results = self._manager.foreach_actor(
             "enter", kwargs=asked, healthy_only=False, remote_actor_ids=members, timeout_seconds=self.seconds
         )
@@ -229,7 +241,7 @@ class Fleet:
                 raise own_error(result.get())
         for member in set(members) - answered:
             self._kill(member)
-            self._died(member, ProcessLost(f"{method} took more than {self.seconds:g} s"))
+            self._died(member, ProcessLost(f"{asked[members.index(member)]['method']} took more than {self.seconds:g} s"))
 
     def _alive(self, member: int) -> None:
         self._lost.discard(member)

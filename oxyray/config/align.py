@@ -59,6 +59,7 @@ class AlignConfig:
     learners: learning processes, one rank each
     rollouts: generating processes
     judges: processes that compute rewards
+    dense: how dense weights reach rollout workers: store, one copy a node in Ray's object store; broadcast, one collective (NCCL on GPUs)
     layout: colocated puts learners and rollout workers on the same devices, split keeps them apart
     threads_per_process: CPU threads of each process; null: the cores divided by the processes
     gpu: auto uses GPUs where there are any
@@ -84,6 +85,7 @@ class AlignConfig:
     learners: int = 1
     rollouts: int = 1
     judges: int = 1
+    dense: Literal["store", "broadcast"] = "store"
     layout: Literal["colocated", "split"] = "colocated"
     threads_per_process: int | None = None
     gpu: Literal["auto", "never"] = "auto"

@@ -115,6 +115,19 @@ def test_whoever_is_killed_the_run_learns_what_an_undisturbed_one_of_fewer_proce
     assert read_json(run.path("align", "outcome.json"))["step"] == STEPS
 
 
+def test_weights_that_are_broadcast_are_the_same_also_where_a_receiver_dies(
+    config: Config, synchronous: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, run = copied(config, tmp_path / "run", dense="broadcast", rollouts=2, steps=8)
+    death = when_at(run, 3, lambda: kill("rollout"))
+    align(made, run)
+    death.join(timeout=10)
+    assert restarts(run) == {"rollout": 1, "judge": 0, "learners": 0}
+    want = losses(synchronous)
+    assert losses(run) == pytest.approx({step: want[step] for step in range(1, 9)}, rel=1e-3)
+    assert "another takes its place" in capsys.readouterr().out
+
+
 def test_one_step_off_is_bounded_and_seen_and_so_is_the_distance_from_the_start(config: Config, tmp_path: Path) -> None:
     """At its end the learner is killed: once too often."""
     made, run = copied(config, tmp_path / "run", staleness=1, objective=ObjectiveConfig(kl=0.1), max_restarts=0)

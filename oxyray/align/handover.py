@@ -1,0 +1,67 @@
+"""How the learners' dense weights reach the rollout workers, under one version with the tables: through Ray's object store, one copy a
+node, or in one collective from the first learner.
+
+Either way a worker that comes later gets them before it serves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from oxyray.cluster.channel import ChannelLost, Seat
+from oxyray.cluster.fleet import Fleet
+from oxyray.cluster.group import Group
+from oxyray.cluster.rows import Servers
+
+_LIMIT_S = 60.0  # for a collective; Ray's own way is there when it fails
+
+
+class HandOver(Protocol):
+    def __call__(self, version: int, learners: Group, rollouts: Fleet, tables: str, servers: Servers) -> None:
+        """Have the learners publish `version`, tables and dense weights, and every rollout worker take it over. Nobody generates
+        meanwhile."""
+
+
+def through_the_store(version: int, learners: Group, rollouts: Fleet, tables: str, servers: Servers) -> None:
+    import ray
+
+    weights = learners.call("publish", version=version)[0]
+    rollouts.enrol("load", version=version, weights=ray.put(weights), folder=tables, servers=servers)
+
+
+class Broadcast:
+    """One channel from the first learner to the rollout workers that there are, opened anew when somebody was replaced. Where it breaks,
+    and by workers that come later, the first learner is asked for what it published."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.seconds = min(timeout_s, _LIMIT_S)
+        self._opened: tuple[Any, ...] = ()
+        self._seats: list[Seat] = []
+
+    def __call__(self, version: int, learners: Group, rollouts: Fleet, tables: str, servers: Servers) -> None:
+        expected = learners.call("publish", version=version, keep=True)[0]
+        common = {"version": version, "folder": tables, "servers": servers}
+        members, later = rollouts.healthy(), {"learner": learners.actors[0], **common}
+        if members:
+            self._take_seats(learners, rollouts, members)
+            nobody = [(None,)] * (len(learners.actors) - 1)
+            sent = learners.begin("send", [(self._seats[0],), *nobody])
+            each = {member: {"seat": seat, "expected": expected, **common} for member, seat in zip(members, self._seats[1:], strict=True)}
+            try:
+                try:
+                    rollouts.enrol("fetch", at_once=("receive", each), **later)
+                finally:
+                    sent()
+                return
+            except ChannelLost as error:
+                self._opened = ()
+                print(f"publication of version {version}: {error}: the rollout workers ask the first learner", flush=True)
+        rollouts.enrol("fetch", **later)
+
+    def _take_seats(self, learners: Group, rollouts: Fleet, members: list[int]) -> None:
+        """Those of before, where everybody is who he was."""
+        now = (learners, rollouts.restarts, *members)
+        if self._opened != now:
+            _, address, port = learners.call("meet")[0]
+            self._seats = [Seat(address, port, rank, 1 + len(members), self.seconds) for rank in range(1 + len(members))]
+            self._opened = now
