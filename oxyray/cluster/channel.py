@@ -12,14 +12,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from oxyray.cluster.wait import first_line
 from oxyray.errors import ClusterError
+
+if TYPE_CHECKING:
+    import torch
 
 Array = np.ndarray
 
@@ -64,6 +65,8 @@ class Channel:
     `seconds`."""
 
     def __init__(self, seat: Seat) -> None:
+        import torch
+
         self.seat, self.device = seat, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with self._broken():
             self._group = _group(seat, self.device)
@@ -71,6 +74,8 @@ class Channel:
 
     def send(self, arrays: Mapping[str, Array]) -> None:
         """Rank 0's part."""
+        import torch
+
         for bucket, size in _buckets(forms(arrays)):
             buffer = torch.empty(size, dtype=torch.uint8)
             for form, first in bucket:
@@ -80,6 +85,8 @@ class Channel:
 
     def receive(self, expected: Sequence[Form]) -> dict[str, torch.Tensor]:
         """The others' part: what rank 0 sends, whose `forms` these are."""
+        import torch
+
         found: dict[str, torch.Tensor] = {}
         for bucket, size in _buckets(expected):
             buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -103,6 +110,8 @@ class Channel:
 
 
 def _group(seat: Seat, device: torch.device) -> Any:
+    import torch.distributed as dist
+
     limit = datetime.timedelta(seconds=seat.seconds)
     store = dist.TCPStore(seat.address, seat.port, seat.size, seat.rank == 0, limit)  # type: ignore[attr-defined]
     if device.type == "cpu":
