@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import RESULTS, Cell, Report, arguments, medians
+from benchmarks.large_beams import large_beams
 from benchmarks.peers_generate import CsrMask, Static, T5Steps, hugging_face, t5
 from oxyray.generate.beam import beam_search
 from oxyray.generate.pools import Legal
@@ -34,7 +35,8 @@ class Bench:
 
     def __init__(self, codes: int, items: int, slots: int, width: int) -> None:
         self.model, self.slots = t5(codes, width, seed=SEED), slots
-        self.index = catalogue(items, codes)
+        self.codes_IL = random_sids(items, codes)
+        self.index = PrefixIndex.from_codes(self.codes_IL, codes)
         self.tree, self.static = Tree(self.index), Static(self.index)
         self.masks: dict[Normalise, CsrMask] = {
             "vocabulary": CsrMask(self.index, "vocabulary"),
@@ -75,6 +77,7 @@ def main() -> None:
         parts(report, bench, shapes, rounds)
         growth(report, bench, (1, 4) if quick else (1, 2, 4, 8, 16, 32), (4, 16) if quick else (32, 64, 128, 256, 512), rounds, quick)
         indexes(report, bench, many, codes, shapes[0], rounds)
+        large_beams(report, bench.index, bench.codes_IL, quick, rounds)
     report.finish(quick)
 
 
@@ -179,10 +182,6 @@ def indexes(report: Report, bench: Bench, items: int, codes: int, shape: tuple[i
     report.claim(f"index of {items:,} items: time to build", built, 2, "s", better="lower")
     report.claim(f"{items:,} items against {len(bench.index.leaf_items):,}: time", times["large"] / times["small"], 2, "×", better="lower")
     report.claim("STATIC's index against ours: size", static.nbytes() / ours, 3, "×")
-
-
-def catalogue(items: int, codes: int) -> PrefixIndex:
-    return PrefixIndex.from_codes(random_sids(items, codes), codes)
 
 
 def random_sids(items: int, codes: int) -> np.ndarray:

@@ -155,7 +155,13 @@ STAGES: tuple[Stage, ...] = (
                 "align.max_restarts",
                 "align.timeout_s",
             ),
-            *("reward.retries", "generate.requests_per_batch", "generate.followers", "generate.ranker"),  # nobody has a say in candidates
+            *(
+                "reward.retries",
+                "generate.requests_per_batch",
+                "generate.graphs",
+                "generate.followers",
+                "generate.ranker",
+            ),  # none has a say here
         ),
     ),
     Stage(
@@ -166,7 +172,7 @@ STAGES: tuple[Stage, ...] = (
         reads=("prepare", "sid", "pretrain"),
         uses=("rank", "align"),
         settings=("seed", "generate", "evaluate"),
-        speed=("generate.requests_per_batch",),
+        speed=("generate.requests_per_batch", "generate.graphs"),
         needs=lambda config: ("rank",) if config.generate.ranker else (),
     ),
     Stage(

@@ -91,7 +91,9 @@ class Recommender:
         beams = min(generate.beams, inputs.catalog.index.leaves)
         counts_I = inputs.prepared.train_counts_I()
         heard = opinions(config, place, inputs, device)
-        generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, beams, generate.normalise, heard)
+        generator = Generator(
+            policy, tables.lookup, inputs.catalog.index, counts_I, beams, generate.normalise, heard, generate.graphs == "auto"
+        )
         quality = place.path("sid", "quality.json")
         made_by = read_json(quality).get("encoder", {}).get("identity") if quality.exists() else None
         return cls(inputs, generator, policy.config, config.sid.encoder, made_by)

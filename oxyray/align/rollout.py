@@ -22,6 +22,8 @@ from oxyray.config import AlignConfig, Config
 from oxyray.data.batch import Batch
 from oxyray.errors import GenerationError
 from oxyray.generate.beam import beam_search
+from oxyray.generate.fixed import Best, GumbelTopK
+from oxyray.generate.graphs import Graphs
 from oxyray.generate.pools import Legal, Pool
 from oxyray.generate.sample import Sampling, sample
 from oxyray.generate.steps import PolicySteps
@@ -71,6 +73,12 @@ class Rollout:
         self.policy = self.inputs.policy(config.model).to(device).eval()
         self.requests = Requests(self.inputs, config, settings)
         self.pools = Pools(self.inputs, self.policy.tree)
+        self._graphs: Graphs | None = None
+        if device != "cpu" and config.generate.graphs == "auto" and settings.candidates != "sample":
+            beam, group = settings.candidates == "beam", settings.group
+            self._graphs = Graphs(
+                self.policy, lambda: Best(group) if beam else GumbelTopK(group, None), temperature=1.0 if beam else settings.temperature
+            )
         folder = Run(config.run_dir).path("pretrain", "model")
         self._reference = read_model(folder, self.inputs, device) if settings.objective.kl else None
         self._folder, self._readers = Path(), dict[str, Reader]()
@@ -103,14 +111,10 @@ class Rollout:
         rows, legal, batch = self._rows(asked), self.pools.legal(asked), asked.to(self.device)
         shelf = self._shelf or self.policy.shelf(batch, rows)
         self._shelf = shelf if batch.items.whole else None
-        steps = PolicySteps(self.policy, batch, rows, shelf)
+        steps = PolicySteps.begin(self.policy, batch, rows, shelf)
         begun = steps.decoding.fork()
         torch.manual_seed(hash((settings.seed, step, piece)) % 2**63)
-        if settings.candidates == "beam":
-            leaf_BG = beam_search(steps, legal, settings.group).leaf_BK
-        else:
-            sampling = Sampling(temperature=settings.temperature, replacement=settings.candidates == "sample")
-            leaf_BG = sample(steps, legal, settings.group, sampling).leaf_BG
+        leaf_BG = self._candidates(steps, legal)
         path_BJL = paths(self.inputs, leaf_BG.cpu(), self.requests.taken(step, piece)).to(self.device)
         behaviour_BJL = path_logprob(self.policy, begun, path_BJL, legal, settings.temperature).cpu().numpy()
         reference_BJL = None if self._reference is None else self._by_reference(batch, path_BJL, legal)
@@ -118,6 +122,15 @@ class Rollout:
             step=step, piece=piece, version=self.version, leaf_BG=leaf_BG.int().cpu().numpy(), behaviour_BGL=behaviour_BJL[:, :-1],
             target_behaviour_BL=behaviour_BJL[:, -1], seconds=time.perf_counter() - clock, reference_BJL=reference_BJL,
         )  # fmt: skip
+
+    def _candidates(self, steps: PolicySteps, legal: Legal) -> Tensor:
+        settings = self.settings
+        if self._graphs is not None:
+            return self._graphs.walk(steps.decoding, legal).leaf_BK
+        if settings.candidates == "beam":
+            return beam_search(steps, legal, settings.group).leaf_BK
+        sampling = Sampling(temperature=settings.temperature, replacement=settings.candidates == "sample")
+        return sample(steps, legal, settings.group, sampling).leaf_BG
 
     def _by_reference(self, batch: Batch, path_BJL: Tensor, legal: Legal) -> Array:
         start, tables = self._reference  # type: ignore[misc]

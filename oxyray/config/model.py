@@ -188,6 +188,7 @@ class GenerateConfig:
     followers: weight in the final order of what other users took after the same items; 0: no say
     ranker: weight in the final order of the logarithm of the ranker's probability of a click; 0: no say. It needs the stage rank
     requests_per_batch: requests generated together
+    graphs: auto captures searches as CUDA graphs where the policy is on a GPU
     """
 
     beams: int = 50
@@ -195,6 +196,7 @@ class GenerateConfig:
     followers: float = 0.0
     ranker: float = 0.0
     requests_per_batch: int = 256
+    graphs: Literal["auto", "never"] = "auto"
 
     def __post_init__(self) -> None:
         need(self.beams >= 1, "generate.beams", f"must be at least 1, got {self.beams}")

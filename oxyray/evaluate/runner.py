@@ -71,7 +71,9 @@ class PolicyRecommender:
         policy, tables = read_model(folder, inputs, device)
         counts_I = inputs.prepared.train_counts_I()
         settings = config.generate
-        generator = Generator(policy, tables.lookup, inputs.catalog.index, counts_I, settings.beams, settings.normalise, heard)
+        generator = Generator(
+            policy, tables.lookup, inputs.catalog.index, counts_I, settings.beams, settings.normalise, heard, settings.graphs == "auto"
+        )
         return cls(generator, inputs.collator(policy.config), inputs.prepared, policy.config.history, device, name, config.evaluate.hide)
 
     def recommend(self, requests: Requests, depth: int) -> Lists:

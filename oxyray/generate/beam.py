@@ -16,7 +16,7 @@ import torch
 from oxyray.generate.pools import Legal
 from oxyray.generate.score import Normalise
 from oxyray.generate.steps import Steps
-from oxyray.generate.walk import Candidates, best, walk
+from oxyray.generate.walk import Candidates, Walked, best, walk
 from oxyray.model.layers import Tensor
 
 
@@ -27,6 +27,11 @@ class Beams:
 
     leaf_BK: Tensor
     logprob_BK: Tensor
+
+    @classmethod
+    def of(cls, walked: Walked) -> Beams:
+        total_BK = walked.logprob_BKL.sum(-1)
+        return cls(walked.leaf_BK, torch.where(walked.leaf_BK >= 0, total_BK, -torch.inf))
 
 
 def beam_search(steps: Steps, legal: Legal, beams: int, normalise: Normalise = "children", per_root: int | None = None) -> Beams:
@@ -43,9 +48,7 @@ def beam_search(steps: Steps, legal: Legal, beams: int, normalise: Normalise = "
             score_P = score_P.masked_fill(rank_in_group(score_P, found.request_P, found.root_P) >= per_root, -torch.inf)
         return best(score_P, found.request_P, found.requests, beams)[1], found.logprob_P
 
-    walked = walk(steps, legal, rule, normalise)
-    total_BK = walked.logprob_BKL.sum(-1)
-    return Beams(walked.leaf_BK, torch.where(walked.leaf_BK >= 0, total_BK, -torch.inf))
+    return Beams.of(walk(steps, legal, rule, normalise))
 
 
 def rank_in_group(score_P: Tensor, request_P: Tensor, group_P: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Legend: B requests, K beams, G samples, R items a request, I items of the catalo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,7 +18,9 @@ import torch
 
 from oxyray.data.batch import Batch
 from oxyray.errors import CatalogueError
-from oxyray.generate.beam import beam_search
+from oxyray.generate.beam import Beams, beam_search, warn_if_short
+from oxyray.generate.fixed import Best, Choice, GumbelTopK
+from oxyray.generate.graphs import Graphs
 from oxyray.generate.pools import Legal, Pool
 from oxyray.generate.rerank import Opinion
 from oxyray.generate.sample import Samples, Sampling, sample
@@ -71,11 +73,17 @@ class _Serving:
     items: np.ndarray  # those of each leaf in the order of the tie-break, from `offset[leaf]` on
     offset: np.ndarray
     pools: dict[str, Pool] = field(default_factory=dict)
+    graphs: dict[Hashable, Graphs] = field(default_factory=dict)  # on a GPU, of what is asked for again and again
     whole_shelf: list[Shelf] = field(default_factory=list)  # of the whole catalogue, once a batch has asked for it
 
     @classmethod
     def of(cls, policy: Policy, index: PrefixIndex, order_I: np.ndarray) -> _Serving:
         return cls(policy, index, index.ranked_items(order_I), np.append(0, np.cumsum(index.leaf_count, dtype=np.int64)))
+
+    def captured(self, key: Hashable, choice: Callable[[], Choice], normalise: Normalise, temperature: float = 1.0) -> Graphs:
+        if key not in self.graphs:
+            self.graphs[key] = Graphs(self.policy, choice, normalise, temperature)
+        return self.graphs[key]
 
     def wanted(self, batch: Batch) -> dict[str, Tensor]:
         found = batch.lookups()
@@ -102,7 +110,7 @@ class _Serving:
 class Generator:
     """A policy, the rows of its tables and a catalogue's index, ready to answer requests. `order_I` is the tie-break: larger comes
     first. The vectors of the whole catalogue, which a tied head needs, are computed once: `renew` when weights or rows change.
-    `opinions` have the last word on the order of items."""
+    `opinions` have the last word on the order of items. On a GPU searches are captured as CUDA graphs, unless `capture` is False."""
 
     def __init__(
         self,
@@ -113,7 +121,9 @@ class Generator:
         beams: int,
         normalise: Normalise = "children",
         opinions: Sequence[Opinion] = (),
+        capture: bool = True,
     ) -> None:
+        self.capture = capture
         self.lookup, self.beams, self.normalise, self.opinions = lookup, beams, normalise, opinions
         self._serving = _Serving.of(policy, index, order_I)
 
@@ -183,7 +193,12 @@ class Generator:
         pools = _each(pool, batch.segments)
         legal = Legal(serving.policy.tree, pools, exclude)
         with self._started(serving, batch) as steps:
-            beams = beam_search(steps, legal, self.beams, self.normalise, per_root)
+            if per_root is None and self._captures(steps):
+                warn_if_short(legal, self.beams)
+                graphs = serving.captured(self.beams, lambda: Best(self.beams), self.normalise)
+                beams = Beams.of(graphs.walk(steps.decoding, legal))
+            else:
+                beams = beam_search(steps, legal, self.beams, self.normalise, per_root)
         leaf_BK, logprob_BK = beams.leaf_BK.cpu().numpy(), beams.logprob_BK.float().cpu().numpy()
         lists = []
         for b, leaf_K in enumerate(leaf_BK):
@@ -219,8 +234,18 @@ class Generator:
         """`samples` SIDs drawn for each request, with the log-probability of each of their tokens (see `oxyray.generate.sample`)."""
         serving = self._serving
         legal = Legal(serving.policy.tree, _each(pool, batch.segments), exclude)
+        sampling = sampling or Sampling()
         with self._started(serving, batch) as steps:
-            return sample(steps, legal, samples, sampling, generator)
+            if not (sampling.plain and generator is None and self._captures(steps)):
+                return sample(steps, legal, samples, sampling, generator)
+            warn_if_short(legal, samples)
+            key = samples, sampling.temperature
+            graphs = serving.captured(key, lambda: GumbelTopK(samples, None), "children", sampling.temperature)
+            drawn = graphs.walk(steps.decoding, legal)
+            return Samples(drawn.leaf_BK, drawn.logprob_BKL, drawn.score_BK)
+
+    def _captures(self, steps: PolicySteps) -> bool:
+        return self.capture and steps.hidden_BKD.is_cuda
 
     def _reordered(self, batch: Batch, lists: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The lists in the order of what the opinions make of them."""
@@ -241,7 +266,7 @@ class Generator:
         policy.eval()
         try:
             rows = self.lookup(serving.wanted(batch))
-            yield PolicySteps(policy, batch, rows, serving.shelf(batch, rows))
+            yield PolicySteps.begin(policy, batch, rows, serving.shelf(batch, rows))
         finally:
             policy.train(training)
 

@@ -72,6 +72,40 @@ class Legal:
         if exclude is not None and any(len(items) for items in exclude):
             self._bury(exclude)
 
+    @classmethod
+    def empty(cls, tree: Tree, requests: int, pooled: bool, lost: int) -> Legal:
+        """Rules of a fixed size, for `take`: with or without pools, and room for so many lost nodes of each level."""
+        rules = cls(tree, [None] * requests)
+        rules._pool_B = torch.arange(requests, device=tree.device)
+        if pooled:
+            rules._open = False
+            sizes = [-(-tree.nodes(level) // 8) for level in range(tree.levels)]
+            rules._node_JX = [torch.zeros(requests, size, dtype=torch.uint8, device=tree.device) for size in sizes]
+        if lost:
+            rules._dead = [torch.zeros(lost, dtype=torch.int64, device=tree.device) for _ in range(tree.levels)]
+        return rules
+
+    def take(self, other: Legal) -> None:
+        """Become the rules of another batch, of at most as many requests, of which those behind its own may get nothing or anything. Of
+        use for `keep` alone."""
+        requests = len(other._pool_B)
+        for mine_BX, bits_JX in zip(self._node_JX, other._node_JX, strict=True):
+            bits_BX = bits_JX[other._pool_B.clamp(min=0)]
+            mine_BX[:requests] = torch.where((other._pool_B >= 0)[:, None], bits_BX, 255)
+        for mine_E, key_E in zip(self._dead, other._dead, strict=True):
+            mine_E.fill_(torch.iinfo(torch.int64).max)
+            mine_E[: len(key_E)] = key_E
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a request has a pool."""
+        return bool(self._node_JX)
+
+    @property
+    def lost(self) -> list[Tensor]:
+        """Of each level, the sorted keys of nodes that requests have lost; empty where nothing is excluded."""
+        return self._dead
+
     def keep(self, level: int, request_P: Tensor, node_P: Tensor) -> Tensor | None:
         """Whether each request may walk through each node; None: all may."""
         keep_P = self._pooled(self._node_JX[level], request_P, node_P) if self._node_JX else None

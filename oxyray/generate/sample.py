@@ -35,6 +35,11 @@ class Sampling:
     top_p: float = 1.0
     replacement: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether these are distinct draws from the whole distribution."""
+        return not (self.replacement or self.top_k or self.top_p < 1)
+
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise GenerationError(f"sampling needs temperature > 0, top_k >= 0 and 0 < top_p <= 1; got {self}")

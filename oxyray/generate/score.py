@@ -53,10 +53,7 @@ class Pairs:
 
 def logprobs(hidden_MD: Tensor, outputs: Outputs, tree: Tree, level: int, pairs: Pairs, normalise: Normalise, temperature: float) -> Tensor:
     """Log-probability of each pair's child given its state, at `temperature`: over the state's pairs, or over the whole vocabulary."""
-    if normalise == "vocabulary" and outputs.had is not None:
-        raise GenerationError("generate.normalise=vocabulary does not know what was had already: it needs model.repeats=false")
-    if normalise == "vocabulary" and not outputs.by_code:
-        raise GenerationError("generate.normalise=vocabulary needs model.head=codes: the tied head scores children only")
+    check_normalise(outputs, normalise)
     row_P = tree.code_of(level, pairs.child_P) if outputs.by_code else pairs.child_P
     product = _dense if len(row_P) * _PAIR_COST > len(hidden_MD) * len(outputs.vector_nD) else _sampled
     logit_P = product(hidden_MD, outputs.vector_nD, pairs, row_P)
@@ -66,6 +63,14 @@ def logprobs(hidden_MD: Tensor, outputs: Outputs, tree: Tree, level: int, pairs:
         request_P = pairs.state_P // (pairs.states // outputs.had.queries)
         logit_P = outputs.had.add(level, request_P, pairs.child_P, logit_P)
     return pairs.normalised(logit_P if temperature == 1 else logit_P / temperature)
+
+
+def check_normalise(outputs: Outputs, normalise: Normalise) -> None:
+    """Raise GenerationError where the outputs give no probabilities over the whole vocabulary."""
+    if normalise == "vocabulary" and outputs.had is not None:
+        raise GenerationError("generate.normalise=vocabulary does not know what was had already: it needs model.repeats=false")
+    if normalise == "vocabulary" and not outputs.by_code:
+        raise GenerationError("generate.normalise=vocabulary needs model.head=codes: the tied head scores children only")
 
 
 def _sampled(hidden_MD: Tensor, vector_VD: Tensor, pairs: Pairs, row_P: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from oxyray.data.batch import Batch
 from oxyray.model.head import Tree
 from oxyray.model.layers import Tensor
-from oxyray.model.policy import Policy, Rows, Shelf
+from oxyray.model.policy import Decoding, Policy, Rows, Shelf
 from oxyray.model.repeats import Had
 
 
@@ -45,13 +45,17 @@ class Steps(Protocol):
 
 
 class PolicySteps:
-    """The policy, started on a batch of requests (one query a segment)."""
+    """The policy in the middle of a decoding."""
 
+    def __init__(self, policy: Policy, decoding: Decoding) -> None:
+        self.policy, self.tree, self.decoding = policy, policy.tree, decoding
+
+    @classmethod
     @torch.no_grad()
-    def __init__(self, policy: Policy, batch: Batch, rows: Rows, shelf: Shelf | None = None) -> None:
-        self.policy, self.tree = policy, policy.tree
+    def begin(cls, policy: Policy, batch: Batch, rows: Rows, shelf: Shelf | None = None) -> PolicySteps:
+        """Started on a batch of requests (one query a segment)."""
         with torch.profiler.record_function("generate/start"):
-            self.decoding = policy.start(batch, rows, shelf)
+            return cls(policy, policy.start(batch, rows, shelf))
 
     @property
     def hidden_BKD(self) -> Tensor:

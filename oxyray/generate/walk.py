@@ -43,10 +43,12 @@ Rule = Callable[[Candidates], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Walked:
-    """Leaves of the index, (B, K), -1 where a request has fewer; each token's log-probability (0 there)."""
+    """Leaves of the index, (B, K), -1 where a request has fewer; each token's log-probability (0 there); and, of the walk in fixed shapes,
+    by what they were chosen (-inf there)."""
 
     leaf_BK: Tensor
     logprob_BKL: Tensor
+    score_BK: Tensor | None = None
 
 
 @torch.no_grad()

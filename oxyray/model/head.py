@@ -30,6 +30,7 @@ class Tree(nn.Module):
     def __init__(self, index: PrefixIndex) -> None:
         super().__init__()
         self.levels, self.items = index.levels, len(index.leaf_items)
+        self._fan_out = [len(index.code[0]), *(int(np.diff(first.astype(np.int64)).max()) for first in index.first_child)]
         for level in range(index.levels):
             self._put(f"compact_code{level}", _signed(index.code[level]))
             if level + 1 < index.levels:
@@ -54,6 +55,10 @@ class Tree(nn.Module):
     def nodes(self, level: int) -> int:
         """n_l; of the last level, the number of distinct SIDs."""
         return len(self.get_buffer(f"compact_code{level}"))
+
+    def fan_out(self, level: int) -> int:
+        """The most nodes of a level that have one parent; of the first level, all."""
+        return self._fan_out[level]
 
     def code(self, level: int) -> Tensor:
         """The code of every node of a level: (n_l,)."""

@@ -47,6 +47,14 @@ class Had:
         hit = self._hits(key_H, key_P, self.queries * self.nodes[level])
         return logit_P.index_add(0, hit, self.change_H[level][torch.searchsorted(key_H, key_P[hit])].to(logit_P.dtype))
 
+    def change(self, level: int, query_X: Tensor, node_X: Tensor) -> Tensor:
+        """What is added to the logits of (query, node) pairs of any shape; nothing is read back from a GPU for it."""
+        key_H, key_X = self.key_H[level], query_X * self.nodes[level] + node_X
+        if not len(key_H):
+            return torch.zeros_like(key_X, dtype=self.change_H[level].dtype)
+        place_X = torch.searchsorted(key_H, key_X).clamp(max=len(key_H) - 1)
+        return torch.where(key_H[place_X] == key_X, self.change_H[level][place_X], 0)
+
     @staticmethod
     def _hits(key_H: Tensor, key_P: Tensor, keys: int) -> Tensor:
         """Places of those among `key_P` that `key_H` has. Most have not: a table of all keys tells fastest, where it is no waste."""

@@ -86,7 +86,16 @@ class Validation:
     def _ready(self, policy: Policy) -> Generator:
         if self._generator is None or self._generator.policy is not policy:
             counts_I, settings = self.inputs.prepared.train_counts_I(), self.config.generate
-            self._generator = Generator(policy, lambda ids: {}, self.inputs.catalog.index, counts_I, settings.beams, settings.normalise)
+            self._generator = Generator(
+                policy,
+                lambda ids: {},
+                self.inputs.catalog.index,
+                counts_I,
+                settings.beams,
+                settings.normalise,
+                (),
+                settings.graphs == "auto",
+            )
         return self._generator
 
 

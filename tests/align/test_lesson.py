@@ -33,7 +33,7 @@ def lesson(toy: Toy, events: np.ndarray, group: int = 6, supervised: bool = True
     pool = Pool.of_items(toy.policy.tree, half)
     legal = Legal(toy.policy.tree, [pool if b % 2 else None for b in range(len(events))])
     rows = toy.lookup(batch.lookups())
-    found = sample(PolicySteps(toy.policy, batch, rows), legal, group, Sampling(temperature=TEMPERATURE, replacement=True))
+    found = sample(PolicySteps.begin(toy.policy, batch, rows), legal, group, Sampling(temperature=TEMPERATURE, replacement=True))
     leaf_path = torch.from_numpy(toy.index.node_path(np.arange(toy.index.leaves)).astype(np.int64))
     path_BGL = torch.where((found.leaf_BG >= 0)[..., None], leaf_path[found.leaf_BG.clamp(min=0)], -1)
     target_BL = toy.policy.tree.path_IL[batch.items.ids_U[batch.target_Q]]

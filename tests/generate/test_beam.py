@@ -20,7 +20,7 @@ from tests.model.toys import Toy
 
 def search(toy: Toy, events: np.ndarray, beams: int, pool: Pool | None = None, **asked) -> Beams:
     batch = toy.request_batch(np.asarray(events))
-    steps = PolicySteps(toy.policy, batch, toy.lookup(batch.lookups()))
+    steps = PolicySteps.begin(toy.policy, batch, toy.lookup(batch.lookups()))
     return beam_search(steps, Legal(toy.policy.tree, [pool] * len(events)), beams, **asked)
 
 

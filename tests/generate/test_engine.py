@@ -166,3 +166,24 @@ def test_a_head_of_codes_keeps_nothing():
     generator.generate(toy.request_batch(np.array([5])), 8)
     second = toy.request_batch(np.array([20, 33]))
     np.testing.assert_array_equal(generator.generate(second, 8).score_BR, made(toy).generate(second, 8).score_BR)
+
+
+def test_captured_searches_answer_as_the_others_do(monkeypatch):
+    """On a GPU searches go through graphs; here their steps run as they are."""
+    toy = Toy(items=60, width=6, repeats=True)
+    plain, captured = made(toy), made(toy)
+    for generator, how in ((plain, False), (captured, True)):
+        monkeypatch.setattr(generator, "_captures", lambda steps, how=how: how)
+    for events in ([5, 9, 30], [7], [1, 2, 3, 4, 50]):
+        batch, bought = toy.request_batch(np.array(events)), [np.array([3, 9])] * len(events)
+        one, two = (generator.generate(batch, items=9, exclude=bought) for generator in (plain, captured))
+        np.testing.assert_array_equal(two.item_BR, one.item_BR)
+        np.testing.assert_allclose(two.score_BR, one.score_BR, rtol=1e-6)
+        drawn = captured.sample(batch, 6, Sampling(temperature=1.4))
+        assert drawn.key_BG is not None
+        assert (drawn.key_BG[:, :-1] >= drawn.key_BG[:, 1:]).all()
+        path_BGL = torch.from_numpy(toy.index.node_path(drawn.leaf_BG.flatten().numpy()).astype(np.int64)).view(*drawn.leaf_BG.shape, 3)
+        want = toy.policy.logprob(batch, toy.lookup(batch.lookups()), path_BGL, temperature=1.4)
+        torch.testing.assert_close(drawn.logprob_BGL, want.detach())
+    assert len(captured._serving.graphs) == 2
+    assert not plain._serving.graphs

@@ -1,0 +1,170 @@
+"""A whole search as one CUDA graph, captured once for each size of a batch and replayed: the host sends one call in place of some hundred
+(paper 3.2, xBeam).
+
+What requests bring (keys and values of their histories and prompts, what they may get, what they have had) is copied into tensors of the
+graph's own. Requests, memory slots and lists are rounded up to a bucket, so few graphs serve all batches. Weights are read where they are:
+those of a new version are there at the next replay. Without CUDA the same steps run uncaptured, which is how they are tested.
+
+Legend: B requests of a bucket, S memory slots, K beams, L levels, H heads, E head width, D width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from oxyray.generate.fixed import Choice, walk_fixed
+from oxyray.generate.pools import Legal
+from oxyray.generate.score import Normalise
+from oxyray.generate.steps import PolicySteps
+from oxyray.generate.walk import Walked
+from oxyray.model.decoder import BeamState, Memory
+from oxyray.model.layers import Tensor
+from oxyray.model.policy import Decoding, Policy, Shelf
+from oxyray.model.repeats import Had
+
+_SLOTS = 64  # memory slots are rounded up to a multiple of so many
+_NEVER = torch.iinfo(torch.int64).max  # behind all keys
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Batches that one graph serves."""
+
+    requests: int
+    slots: int
+    had: int
+    pools: bool
+    lost: int
+
+    @classmethod
+    def of(cls, decoding: Decoding, legal: Legal) -> _Bucket:
+        return cls(
+            requests=_power(len(decoding.hidden_BKD)),
+            slots=-(-decoding.memory.visible_BPS.shape[2] // _SLOTS) * _SLOTS,
+            had=0 if decoding.had is None else _power(max(len(keys) for keys in decoding.had.key_H)),
+            pools=legal.pooled,
+            lost=_power(max(len(keys) for keys in legal.lost)) if legal.lost else 0,
+        )
+
+
+class Graphs:
+    """Searches of one policy over one version of the catalogue. `choice` makes the rule that each of them follows; `most` graphs are kept,
+    those that were used last."""
+
+    def __init__(
+        self, policy: Policy, choice: Callable[[], Choice], normalise: Normalise = "children", temperature: float = 1.0, most: int = 16
+    ) -> None:
+        self.policy, self.choice, self.normalise, self.temperature, self.most = policy, choice, normalise, temperature, most
+        self._captured: OrderedDict[_Bucket, _Captured] = OrderedDict()
+
+    @torch.no_grad()
+    def walk(self, decoding: Decoding, legal: Legal) -> Walked:
+        """The result for a decoding that has just started, as `walk_fixed` gives it."""
+        bucket = _Bucket.of(decoding, legal)
+        captured = self._captured.get(bucket) or _Captured(self, bucket, decoding, legal)
+        self._captured[bucket] = captured
+        self._captured.move_to_end(bucket)
+        while len(self._captured) > self.most:
+            self._captured.popitem(last=False)
+        return captured.run(decoding, legal)
+
+
+class _Captured:
+    """One bucket's tensors, and its graph."""
+
+    def __init__(self, graphs: Graphs, bucket: _Bucket, decoding: Decoding, legal: Legal) -> None:
+        self.graphs, self.bucket = graphs, bucket
+        requests, slots = bucket.requests, bucket.slots
+        device = decoding.hidden_BKD.device
+        self._vectors: list[Tensor] | None = None  # whose copies `shelf` holds
+
+        def room(like: Tensor, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=like.dtype, device=device)
+
+        def pair(key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+            return room(key, requests, key.shape[1], length, key.shape[3]), room(value, requests, value.shape[1], length, value.shape[3])
+
+        memory = decoding.memory
+        self.memory = Memory(
+            memory_BSD=memory.memory_BSD, position_BS=memory.position_BS, query_BP=memory.query_BP, real_BP=memory.real_BP,
+            visible_BPS=room(memory.visible_BPS, requests, 1, slots), position_BP=room(memory.position_BP, requests, 1),
+        )  # fmt: skip
+        self.states = [BeamState(pair(*s.cross, slots), pair(*s.prompt, s.prompt[0].shape[2]), []) for s in decoding.states]
+        self.state_BD = room(decoding.state_BD, requests, *decoding.state_BD.shape[1:])
+        self.hidden_BKD = room(decoding.hidden_BKD, requests, *decoding.hidden_BKD.shape[1:])
+        tied = graphs.policy.head.tied  # else the vectors are weights
+        self.shelf = Shelf(decoding.shelf.item_UD, [torch.empty_like(v) if tied else v for v in decoding.shelf.vectors])
+        self.had = None
+        if decoding.had is not None:
+            keys, changes = ([room(each, bucket.had) for each in kind] for kind in (decoding.had.key_H, decoding.had.change_H))
+            self.had = Had(requests, keys, changes, decoding.had.nodes)
+        self.legal = Legal.empty(graphs.policy.tree, requests, bucket.pools, bucket.lost)
+        self._fill(decoding, legal)
+        self._replay = _captured(self._search) if device.type == "cuda" else self._search
+
+    def run(self, decoding: Decoding, legal: Legal) -> Walked:
+        self._fill(decoding, legal)
+        found, requests = self._replay(), len(decoding.hidden_BKD)
+        return Walked(*(part[:requests].clone() for part in (found.leaf_BK, found.logprob_BKL, found.score_BK) if part is not None))
+
+    def _search(self) -> Walked:
+        graphs = self.graphs
+        states = [BeamState(state.cross, state.prompt, []) for state in self.states]
+        decoding = Decoding(self.memory, self.state_BD, states, self.shelf, self.hidden_BKD, self.state_BD, self.had)
+        return walk_fixed(PolicySteps(graphs.policy, decoding), self.legal, graphs.choice(), graphs.normalise, graphs.temperature)
+
+    def _fill(self, decoding: Decoding, legal: Legal) -> None:
+        """Copy in what a batch brings. Rows of requests that it has not stay as an earlier one left them: finite, and not looked at."""
+        self.memory.visible_BPS.zero_()
+        self.memory.visible_BPS[:, :, 0] = True  # a request that sees nothing would be NaN
+        _put(self.memory.visible_BPS, decoding.memory.visible_BPS)
+        _put(self.memory.position_BP, decoding.memory.position_BP)
+        for mine, given in zip(self.states, decoding.states, strict=True):
+            for own, theirs in zip((*mine.cross, *mine.prompt), (*given.cross, *given.prompt), strict=True):
+                _put(own, theirs)
+        _put(self.state_BD, decoding.state_BD)
+        _put(self.hidden_BKD, decoding.hidden_BKD)
+        if self.had is not None and decoding.had is not None:
+            for own, theirs in zip(self.had.key_H, decoding.had.key_H, strict=True):
+                _put(own.fill_(_NEVER), theirs)
+            for own, theirs in zip(self.had.change_H, decoding.had.change_H, strict=True):
+                _put(own, theirs)
+        if self.graphs.policy.head.tied and self._vectors is not decoding.shelf.vectors:
+            self._vectors = decoding.shelf.vectors  # held, so that no other list can be taken for it
+            for own, theirs in zip(self.shelf.vectors, self._vectors, strict=True):
+                own.copy_(theirs)
+        self.legal.take(legal)
+
+
+def _captured(search: Callable[[], Walked]) -> Callable[[], Walked]:
+    """`search` as a CUDA graph: every replay fills the same result. It is run before, on a stream of its own, so that what is made at a
+    first call (compiled kernels, work space, tables of the index) is there."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            search()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = search()
+
+    def replay() -> Walked:
+        graph.replay()
+        return found
+
+    return replay
+
+
+def _put(own: Tensor, given: Tensor) -> None:
+    """Into the corner of a tensor that may be larger."""
+    own[tuple(slice(0, size) for size in given.shape)].copy_(given)
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(count - 1, 0).bit_length()
