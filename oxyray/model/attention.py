@@ -40,6 +40,19 @@ class Shape:
 
 
 @dataclass(frozen=True, eq=False)
+class Call:
+    """How a shape's documents are taken and put back. `query` and `key` are a range of tokens, or the token at each place of (g, n);
+    `real_X` are the places with a token of their own, None: all. The mask, and where it shows anything, are for the form `other`."""
+
+    shape: Shape
+    query: slice | Tensor
+    key: slice | Tensor
+    real_X: Tensor | None
+    mask_g1nm: Tensor | None
+    sees_g1n1: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class Documents:
     """`query_offset_B` and `key_offset_B` are cumulative with a leading 0 (B + 1 long); `reach_Q` is how many of its document's keys each
     query sees."""
@@ -94,6 +107,12 @@ class Documents:
         return _joined([Shape(*shape, tuple(rows)) for shape, rows in found.items()])
 
     @cached_property
+    def calls(self) -> list[Call]:
+        """The shapes, and where their tokens lie: made once for all layers, so that these wait for no GPU."""
+        query_offset, key_offset = self.query_offset_B.tolist(), self.key_offset_B.tolist()
+        return [_call(self, query_offset, key_offset, shape) for shape in self.shapes]
+
+    @cached_property
     def order_Q(self) -> Tensor | None:
         """Where each query stands when shape follows shape; None where that is its own place."""
         rows = [row for shape in self.shapes for row in shape.rows]
@@ -111,23 +130,31 @@ def attend(q_QHE: Tensor, k_KGE: Tensor, v_KGE: Tensor, documents: Documents, dr
     the query look at the same. A query that sees nothing gets zeros."""
     heads, width = q_QHE.shape[1:]
     grouped = k_KGE.shape[1] != heads
-    query_offset, key_offset = documents.query_offset_B.tolist(), documents.key_offset_B.tolist()
     mixed = []
-    for shape in documents.shapes:
-        q_gHnE = _stacked(q_QHE, query_offset, shape.rows, shape.queries)
+    for call in documents.calls:
+        shape = call.shape
         if shape.keys == 0:
-            mixed.append(q_gHnE.new_zeros(len(shape.rows) * shape.queries, heads, width))
+            mixed.append(q_QHE.new_zeros(len(shape.rows) * shape.queries, heads, width))
             continue
-        k_gGmE, v_gGmE = (_stacked(x, key_offset, shape.rows, shape.keys) for x in (k_KGE, v_KGE))
-        mask = _mask(documents, query_offset, shape) if shape.form == "other" else None
-        out_gHnE = F.scaled_dot_product_attention(q_gHnE, k_gGmE, v_gGmE, mask, dropout, shape.form == "causal", enable_gqa=grouped)
-        if mask is not None:
-            out_gHnE = torch.where(mask.any(-1, keepdim=True), out_gHnE, 0)
-        mixed.append(_flat(out_gHnE.transpose(1, 2), query_offset, shape.rows))
+        q_gHnE = _stacked(q_QHE, call.query, shape.queries)
+        k_gGmE, v_gGmE = (_stacked(x, call.key, shape.keys) for x in (k_KGE, v_KGE))
+        out_gHnE = F.scaled_dot_product_attention(
+            q_gHnE, k_gGmE, v_gGmE, call.mask_g1nm, dropout, shape.form == "causal", enable_gqa=grouped
+        )
+        if call.sees_g1n1 is not None:
+            out_gHnE = torch.where(call.sees_g1n1, out_gHnE, 0)
+        out_XHE = out_gHnE.transpose(1, 2).flatten(0, 1)
+        mixed.append(out_XHE if call.real_X is None else out_XHE.index_select(0, call.real_X))
     if not mixed:
         return q_QHE
     out_QHE = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
     return out_QHE if documents.order_Q is None else out_QHE.index_select(0, documents.order_Q)
+
+
+def _stacked(x_NHE: Tensor, where: slice | Tensor, length: int) -> Tensor:
+    """(g, H, n, E), a view where the documents are neighbours."""
+    found = x_NHE[where] if isinstance(where, slice) else x_NHE.index_select(0, where)
+    return found.unflatten(0, (-1, length)).transpose(1, 2)
 
 
 def _joined(shapes: list[Shape]) -> list[Shape]:
@@ -144,24 +171,29 @@ def _joined(shapes: list[Shape]) -> list[Shape]:
     return sorted(found, key=lambda shape: shape.rows[0])  # in the documents' order where it can be: then nothing is to be put back
 
 
-def _stacked(x_NHE: Tensor, offset: list[int], rows: tuple[int, ...], length: int) -> Tensor:
-    """The rows' documents as (g, H, n, E), views where they are neighbours of this length; shorter ones repeat their last token."""
-    if offset[rows[-1] + 1] - offset[rows[0]] == length * len(rows) and len(rows) == rows[-1] - rows[0] + 1:
-        found = x_NHE[offset[rows[0]] : offset[rows[-1] + 1]]
-    else:
-        start_g, end_g = (torch.tensor([offset[row + more] for row in rows], device=x_NHE.device) for more in (0, 1))
-        place_gn = start_g[:, None] + torch.arange(length, device=x_NHE.device)
-        found = x_NHE.index_select(0, torch.minimum(place_gn, end_g[:, None] - 1).flatten())
-    return found.unflatten(0, (len(rows), length)).transpose(1, 2)
+def _call(documents: Documents, query_offset: list[int], key_offset: list[int], shape: Shape) -> Call:
+    device = documents.reach_Q.device
+    lengths = torch.tensor([query_offset[row + 1] - query_offset[row] for row in shape.rows])
+    real_gn = torch.arange(shape.queries) < lengths[:, None]
+    mask = _mask(documents, query_offset, shape) if shape.form == "other" and shape.keys else None
+    return Call(
+        shape,
+        _places(query_offset, shape.rows, shape.queries, device),
+        _places(key_offset, shape.rows, shape.keys, device),
+        None if bool(real_gn.all()) else real_gn.flatten().nonzero()[:, 0].to(device),
+        mask,
+        None if mask is None else mask.any(-1, keepdim=True),
+    )
 
 
-def _flat(out_gnHE: Tensor, offset: list[int], rows: tuple[int, ...]) -> Tensor:
-    """End to end again, without what stands behind the shorter documents."""
-    lengths, longest = [offset[row + 1] - offset[row] for row in rows], out_gnHE.shape[1]
-    if min(lengths) == longest:
-        return out_gnHE.flatten(0, 1)
-    real_gn = torch.arange(longest, device=out_gnHE.device) < torch.tensor(lengths, device=out_gnHE.device)[:, None]
-    return out_gnHE.flatten(0, 1).index_select(0, real_gn.flatten().nonzero()[:, 0])
+def _places(offset: list[int], rows: tuple[int, ...], length: int, device: torch.device) -> slice | Tensor:
+    """Where the rows' documents lie; shorter ones repeat their last token."""
+    first, end = offset[rows[0]], offset[rows[-1] + 1]
+    if end - first == length * len(rows) and len(rows) == rows[-1] - rows[0] + 1:
+        return slice(first, end)
+    start_g, end_g = (torch.tensor([offset[row + more] for row in rows]) for more in (0, 1))
+    place_gn = start_g[:, None] + torch.arange(length)
+    return torch.minimum(place_gn, end_g[:, None] - 1).flatten().to(device)
 
 
 def _mask(documents: Documents, offset: list[int], shape: Shape) -> Tensor:
