@@ -69,8 +69,9 @@ def main() -> None:
         for seed in seeds:
             for title, overrides in ways(options.part).items():
                 folder = base / f"{options.part}-{slug(title)}-{seed}"
-                aligned, begun = once([*words, *overrides, f"align.seed={seed}"], Run(config.run_dir), folder)
-                found.setdefault(START, []).append(begun)
+                told = f"evaluate.before={str(START not in found).lower()}"  # all begin at the same policy
+                aligned, begun = once([*words, *overrides, told, f"align.seed={seed}"], Run(config.run_dir), folder)
+                found.setdefault(START, [begun])
                 found.setdefault(title, []).append(aligned)
                 print(f"seed {seed}, {title}: {aligned}", flush=True)
             if options.part in RIVALS and not options.no_plain:

@@ -50,6 +50,7 @@ class EvaluateConfig:
     max_requests: test requests at most, drawn with the seed; null: all
     baselines: of popularity, knn, sasrec
     hide: what of a request the policy is not told, to see what it was worth (paper, Table 9): of trigger, text
+    before: where the policy was aligned, the supervised one that it started from is measured too
     bootstrap: resamples for the confidence intervals; 0: none
     """
 
@@ -57,6 +58,7 @@ class EvaluateConfig:
     max_requests: int | None = 20000
     baselines: tuple[str, ...] = ("popularity", "knn", "sasrec")
     hide: tuple[Literal["trigger", "text"], ...] = ()
+    before: bool = True
     bootstrap: int = 200
     sasrec: SasrecConfig = field(default_factory=SasrecConfig)
 

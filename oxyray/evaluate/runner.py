@@ -85,7 +85,7 @@ class PolicyRecommender:
 
 def evaluate(config: Config, run: Run) -> None:
     """Read RUN/data, RUN/sid and the policy; write RUN/evaluate whole or not at all, and SASRec's weights to RUN/baselines for the next
-    time. Where the policy was aligned, the supervised one that it started from stands beside it; where somebody else
+    time. Where the policy was aligned, the supervised one that it started from stands beside it (`evaluate.before`); where somebody else
     has a say in the order (`generate.followers`, `generate.ranker`) the policy's beams alone do."""
     inputs = Inputs.load(run)
     check_beams(config, inputs)
@@ -93,7 +93,7 @@ def evaluate(config: Config, run: Run) -> None:
     folders = {"policy": model_folder(run), ALONE: model_folder(run), "supervised": model_folder(run, aligned=False)}
     heard = opinions(config, run, inputs, device)
     names = ["policy"] + ([ALONE] if heard else [])
-    names += ["supervised"] if folders["policy"] != folders["supervised"] else []
+    names += ["supervised"] if config.evaluate.before and folders["policy"] != folders["supervised"] else []
     models: list[Recommends] = [
         PolicyRecommender.load(config, inputs, folders[name], device, name, () if name == ALONE else heard) for name in names
     ]
