@@ -6,6 +6,7 @@ Either way a worker that comes later gets them before it serves.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Protocol
 
 from oxyray.cluster.channel import ChannelLost, Seat
@@ -31,37 +32,49 @@ def through_the_store(version: int, learners: Group, rollouts: Fleet, tables: st
 
 class Broadcast:
     """One channel from the first learner to the rollout workers that there are, opened anew when somebody was replaced. Where it breaks,
-    and by workers that come later, the first learner is asked for what it published."""
+    and by workers that come later, the first learner is asked for what it published; by all of them, once it broke twice in a row."""
 
     def __init__(self, timeout_s: float) -> None:
         self.seconds = min(timeout_s, _LIMIT_S)
         self._opened: tuple[Any, ...] = ()
         self._seats: list[Seat] = []
+        self._broke = 0
 
     def __call__(self, version: int, learners: Group, rollouts: Fleet, tables: str, servers: Servers) -> None:
         expected = learners.call("publish", version=version, keep=True)[0]
         common = {"version": version, "folder": tables, "servers": servers}
         members, later = rollouts.healthy(), {"learner": learners.actors[0], **common}
-        if members:
+        if members and self._broke < 2:
             self._take_seats(learners, rollouts, members)
             nobody = [(None,)] * (len(learners.actors) - 1)
             sent = learners.begin("send", [(self._seats[0],), *nobody])
             each = {member: {"seat": seat, "expected": expected, **common} for member, seat in zip(members, self._seats[1:], strict=True)}
+            lost: ChannelLost | None = None
             try:
-                try:
-                    rollouts.enrol("fetch", at_once=("receive", each), **later)
-                finally:
-                    sent()
-                return
+                rollouts.enrol("fetch", at_once=("receive", each), **later)
             except ChannelLost as error:
-                self._opened = ()
-                print(f"publication of version {version}: {error}: the rollout workers ask the first learner", flush=True)
+                lost = error
+            except BaseException:
+                with suppress(Exception):  # the sender gives up by itself; what ended the rollout workers' part is to be told
+                    sent()
+                raise
+            try:
+                sent()
+            except ChannelLost as error:
+                lost = lost or error
+            if lost is None:
+                self._broke = 0
+                return
+            self._opened, self._broke = (), self._broke + 1
+            ever = " from now on" if self._broke == 2 else ""
+            print(f"publication of version {version}: {lost}: the rollout workers ask the first learner{ever}", flush=True)
         rollouts.enrol("fetch", **later)
 
     def _take_seats(self, learners: Group, rollouts: Fleet, members: list[int]) -> None:
         """Those of before, where everybody is who he was."""
         now = (learners, rollouts.restarts, *members)
         if self._opened != now:
+            rollouts.enrol("ready")  # whatever takes its time first: the sender does not wait for long
             _, address, port = learners.call("meet")[0]
             self._seats = [Seat(address, port, rank, 1 + len(members), self.seconds) for rank in range(1 + len(members))]
             self._opened = now

@@ -106,11 +106,14 @@ class RolloutProcess(Member):
         """`servers` answer for the rows of other nodes, see `oxyray.cluster.rows`."""
         return self.rollout.load(version, weights, Path(folder), opener(servers))
 
+    def ready(self) -> None:
+        """Read data and policy."""
+        _ = self.rollout
+
     def receive(self, version: int, seat: Seat, expected: list[Form], folder: str, servers: Sequence[tuple[str, Any]]) -> int:
         """As `load`, in a channel from the first learner. Raises ChannelLost."""
-        rollout = self.rollout  # made first, which takes its time
         self.channel = _channel(self.channel, seat)
-        return rollout.load(version, self.channel.receive(expected), Path(folder), opener(servers))
+        return self.rollout.load(version, self.channel.receive(expected), Path(folder), opener(servers))
 
     def fetch(self, version: int, learner: Any, folder: str, servers: Sequence[tuple[str, Any]]) -> int:
         """As `load`, from what the first learner keeps. Raises WeightsLost."""

@@ -74,7 +74,9 @@ class Rollout:
         self.requests = Requests(self.inputs, config, settings)
         self.pools = Pools(self.inputs, self.policy.tree)
         self._graphs: Graphs | None = None
-        if device != "cpu" and config.generate.graphs == "auto" and settings.candidates != "sample":
+        most = -(-settings.requests_per_step // settings.pieces)
+        wanted = config.generate.graphs == "auto" and settings.candidates != "sample"
+        if wanted and Graphs.can(self.policy, most, settings.group):
             beam, group = settings.candidates == "beam", settings.group
             self._graphs = Graphs(
                 self.policy, lambda: Best(group) if beam else GumbelTopK(group, None), temperature=1.0 if beam else settings.temperature

@@ -40,14 +40,14 @@ def encode(run: Run, file: Path, out: Path | None) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from oxyray.sid.tokenizer import Tokenizer
+    from oxyray.sid.tokenizer import ENOUGH, Tokenizer
 
     items = read_items(file)
     encoded = Tokenizer.load(run.folder).encode(items)
     ids = items["item_id"].to_pylist()
     titles = items["title"].to_pylist() if "title" in items.column_names else [""] * len(ids)
     _show(ids, encoded.codes_NL, titles)
-    print(encoded.drift if encoded.drift else "drift: not known, as this run's semantic IDs were made by an earlier version")
+    print(encoded.drift or f"drift: not known, as fewer than {ENOUGH} items were held out when these semantic IDs were made (sid.held_out)")
     if out is not None:
         codes = {f"code_{level + 1}": encoded.codes_NL[:, level] for level in range(encoded.codes_NL.shape[1])}
         with whole(out) as part:

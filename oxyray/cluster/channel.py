@@ -1,14 +1,15 @@
 """Arrays from one process to several in one collective: NCCL where each has a GPU of its own, else gloo.
 
 A channel is a process group beside whatever groups its members are in already; none of these is touched. Its members are fixed, rank 0
-sends. One that dies breaks it: the others get ChannelLost within the limit, and who wants to go on opens another. Arrays travel as bytes,
+sends. One that dies breaks it: the others get ChannelLost within the limit, and who wants to go on opens another. (NCCL has no limit for
+the moment in which its communicator is made: a member that dies just then leaves the others to who waits for them.) Arrays travel as bytes,
 packed into large buckets in the order of their names, so a model of many small parameters is a few broadcasts.
 """
 
 from __future__ import annotations
 
 import datetime
-import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ Array = np.ndarray
 
 _BUCKET = 1 << 28  # bytes, where an array is not larger by itself
 _ALIGNED = 16
+_POLL_S = 0.0005
 
 
 class ChannelLost(ClusterError):
@@ -70,7 +72,7 @@ class Channel:
         self.seat, self.device = seat, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with self._broken():
             self._group = _group(seat, self.device)
-            self._group.barrier().wait()
+            self._finish(self._group.barrier())
 
     def send(self, arrays: Mapping[str, Array]) -> None:
         """Rank 0's part."""
@@ -98,7 +100,19 @@ class Channel:
 
     def _broadcast(self, buffer: torch.Tensor) -> None:
         with self._broken():
-            self._group.broadcast(buffer, 0).wait()
+            self._finish(self._group.broadcast(buffer, 0))
+
+    def _finish(self, work: Any) -> None:
+        """Wait for a collective, by our own clock: NCCL's watchdog, which has a longer one, ends the whole process."""
+        if self.device.type == "cpu":
+            work.wait()
+            return
+        ends = time.monotonic() + self.seat.seconds
+        while not work.is_completed():
+            if time.monotonic() > ends:
+                self._group.abort()
+                raise RuntimeError("no answer in time")
+            time.sleep(_POLL_S)
 
     @contextmanager
     def _broken(self) -> Iterator[None]:
@@ -116,17 +130,9 @@ def _group(seat: Seat, device: torch.device) -> Any:
     store = dist.TCPStore(seat.address, seat.port, seat.size, seat.rank == 0, limit)  # type: ignore[attr-defined]
     if device.type == "cpu":
         return dist.ProcessGroupGloo(store, seat.rank, seat.size, limit)
-    # NCCL's watchdog ends a process whose collective hangs, unless `wait` itself keeps the limit. The group reads that when it is made.
-    before = os.environ.get("TORCH_NCCL_BLOCKING_WAIT")
-    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
-    try:
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit
-        return dist.ProcessGroupNCCL(store, seat.rank, seat.size, options)
-    finally:
-        del os.environ["TORCH_NCCL_BLOCKING_WAIT"]
-        if before is not None:
-            os.environ["TORCH_NCCL_BLOCKING_WAIT"] = before
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = 100 * limit
+    return dist.ProcessGroupNCCL(store, seat.rank, seat.size, options)
 
 
 def _buckets(all_forms: Sequence[Form]) -> Iterator[tuple[list[tuple[Form, int]], int]]:

@@ -230,7 +230,7 @@ class Fleet:
         results = self._manager.foreach_actor(
             "enter", kwargs=asked, healthy_only=False, remote_actor_ids=members, timeout_seconds=self.seconds
         )
-        answered = set()
+        answered, raised = set(), None
         for result in results:
             answered.add(result.actor_id)
             if result.ok:
@@ -238,10 +238,13 @@ class Fleet:
             elif isinstance(result.get(), ray.exceptions.RayError) and not isinstance(result.get(), ray.exceptions.RayTaskError):
                 self._died(result.actor_id, result.get())
             else:
-                raise own_error(result.get())
+                self._alive(result.actor_id)  # it lives, whatever the manager makes of an error
+                raised = raised or own_error(result.get())
         for member in set(members) - answered:
             self._kill(member)
             self._died(member, ProcessLost(f"{asked[members.index(member)]['method']} took more than {self.seconds:g} s"))
+        if raised is not None:
+            raise raised
 
     def _alive(self, member: int) -> None:
         self._lost.discard(member)

@@ -35,6 +35,13 @@ def number_requests(user_N: np.ndarray, time_N: np.ndarray, item_N: np.ndarray, 
     return request_N
 
 
+def asked(request_N: np.ndarray, time_N: np.ndarray) -> np.ndarray:
+    """The time of each row's request: that of its first event, whichever of its events are kept."""
+    first_R = np.full(int(request_N.max(initial=-1)) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first_R, request_N, time_N)
+    return first_R[request_N]
+
+
 def strongest(request_N: np.ndarray, item_N: np.ndarray, action_N: np.ndarray) -> np.ndarray:
     """bool: the rows to keep, one for each (request, item): the strongest action, of equals the first row."""
     order_N = np.lexsort((np.arange(len(item_N)), -action_N.astype(np.int64), item_N, request_N))
@@ -52,13 +59,20 @@ def run_starts(*keys: np.ndarray) -> np.ndarray:
     return starts_N
 
 
-def leave_one_out(user_N: np.ndarray) -> np.ndarray:
-    """int8 split of rows sorted by user and time: each user's last event is test, the last but one valid; below 3 events all is train."""
-    split_N = np.full(len(user_N), TRAIN, np.int8)
-    last_U = np.append(np.flatnonzero(run_starts(user_N))[1:], len(user_N)) - 1
+def leave_one_out(user_N: np.ndarray, request_N: np.ndarray) -> np.ndarray:
+    """int8 split of rows sorted by user and time: each user's last request (by its last event) is test, the last but one valid; below 3
+    requests all is train. Numbers of requests are distinct over users."""
+    # Requests by their last rows: so they stand by user, and within a user in the order in which they ended.
+    last_R, row_R = np.unique(request_N[::-1], return_index=True)
+    order_R = np.argsort(-row_R, kind="stable")
+    user_R = user_N[len(user_N) - 1 - row_R[order_R]]
+    split_R = np.full(len(user_R), TRAIN, np.int8)
+    last_U = np.append(np.flatnonzero(run_starts(user_R))[1:], len(user_R)) - 1
     long_U = last_U[np.diff(last_U, prepend=-1) >= 3]
-    split_N[long_U], split_N[long_U - 1] = TEST, VALID
-    return split_N
+    split_R[long_U], split_R[long_U - 1] = TEST, VALID
+    split_of = np.empty(len(last_R), np.int8)
+    split_of[order_R] = split_R
+    return split_of[np.searchsorted(last_R, request_N)]
 
 
 def by_time(time_N: np.ndarray, valid_start: int, test_start: int) -> np.ndarray:

@@ -20,7 +20,6 @@ from oxyray.data.prepared import EVENT_SCHEMA
 from oxyray.data.tables import ACTIONS
 
 ROW_GROUP = 131_072
-_HASHED = ("user", "item", "time", "action", "scenario", "request", "trigger", "split")
 
 
 class Parts:
@@ -57,9 +56,14 @@ class Parts:
             "action": rows["action"].to_numpy(),
             "scenario": self.scenario_number[rows["scenario"].to_numpy()],
             "request": np.unique(rows["request"].to_numpy(), return_inverse=True)[1] + self._requests,
+            "asked": rows["asked"].to_numpy(),
             "trigger": self.item_number[rows["trigger"].to_numpy()],
         }
-        columns["split"] = order.leave_one_out(columns["user"]) if self.starts is None else order.by_time(columns["time"], *self.starts)
+        columns["split"] = (
+            order.leave_one_out(columns["user"], columns["request"])
+            if self.starts is None
+            else order.by_time(columns["time"], *self.starts)
+        )
         columns |= {name: rows[name] for name in ("query", "price", "quantity")}
         table = pa.table({field.name: columns[field.name] for field in EVENT_SCHEMA}, schema=EVENT_SCHEMA)
         pq.write_table(table, self.out / "events" / f"part-{len(self.part_users):05d}.parquet", row_group_size=ROW_GROUP)
@@ -68,6 +72,7 @@ class Parts:
         self.part_users.append(self._user_count)
         self._user_count += len(ids)
         self._note(columns, length_U)
+        self.sign(table)
 
     def close(self) -> pa.ChunkedArray:
         """Write the users; returns their ids in order."""
@@ -75,10 +80,17 @@ class Parts:
         pq.write_table(users, self.out / "users.parquet", row_group_size=ROW_GROUP)
         return users["user_id"]
 
-    def sign(self, *contents: np.ndarray | str) -> None:
+    def sign(self, *contents: np.ndarray | pa.Table | Path) -> None:
         """Let the fingerprint depend on these too."""
         for content in contents:
-            self._hash.update(content.encode() + b"\0" if isinstance(content, str) else np.ascontiguousarray(content).tobytes())
+            if isinstance(content, pa.Table):
+                for batch in content.combine_chunks().to_batches():
+                    self._hash.update(batch.serialize())
+            elif isinstance(content, Path):
+                with open(content, "rb") as file:
+                    self._hash.update(hashlib.file_digest(file, "sha256").digest())
+            else:
+                self._hash.update(np.ascontiguousarray(content).tobytes())
 
     def about(self) -> dict[str, Any]:
         """What `meta.json` says of users and events."""
@@ -109,4 +121,3 @@ class Parts:
         if len(columns["time"]):
             self._times += [int(columns["time"].min()), int(columns["time"].max())]
             self._requests = int(columns["request"].max()) + 1
-        self.sign(*(columns[name] for name in _HASHED))

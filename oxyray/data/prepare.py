@@ -37,6 +37,7 @@ from oxyray.progress import bar, track
 from oxyray.run import Run
 
 MOST_SCENARIOS = 1000
+_MOST = 2**31 - 1  # pieces in one event
 
 
 def prepare(config: Config, run: Run) -> None:
@@ -52,7 +53,6 @@ def prepare(config: Config, run: Run) -> None:
             source = folders.enter_context(whole(run.path("source")))
             write_source(data, source, quarantine, config.cluster)
         meta = write_prepared(data, source, out, quarantine)
-        bring_exposures(data, source, out)
     print(statistics.text(meta), flush=True)
     run.log("prepare", statistics.numbers(meta) | {"seconds": round(time.time() - started, 1)})
 
@@ -86,12 +86,15 @@ def write_source(data: DataConfig, folder: Path, quarantine: Quarantine, cluster
         importers.write(data, folder, quarantine)
 
 
-def bring_exposures(data: DataConfig, source: Path, out: Path) -> None:
-    """The shop's log of exposures, as it is, so that a run can be moved. It is of use where pages can be split by time."""
+def bring_exposures(data: DataConfig, source: Path, out: Path) -> list[Path]:
+    """The shop's log of exposures, as it is, so that a run can be moved; it is of use where pages can be split by time. Gives what was
+    brought."""
     own = data.source == "mall"
     file = (source if own else Path(data.path or "").expanduser()) / "exposures.parquet"
-    if data.split == "time" and file.is_file():
-        (os.link if own else shutil.copyfile)(file, out / file.name)
+    if data.split != "time" or not file.is_file():
+        return []
+    (os.link if own else shutil.copyfile)(file, out / file.name)
+    return [out / file.name]
 
 
 def write_prepared(data: DataConfig, source: Path, out: Path, quarantine: Quarantine) -> Meta:
@@ -111,17 +114,19 @@ def write_prepared(data: DataConfig, source: Path, out: Path, quarantine: Quaran
     if data.core:
         left_I = settled.core_items(len(item_ids), data.core)
         items, pool_SI = items.filter(pa.array(left_I)), pool_SI[:, left_I]
+        if empty := [name for name, pool_I in zip(sorted(scenarios), pool_SI, strict=True) if not pool_I.any()]:
+            raise DataError(f"{data.name}: data.core={data.core} leaves no item that may be recommended in {', '.join(empty)}: lower it")
     starts = settled.split_starts(data.valid_share, data.test_share) if data.split == "time" else None
     final_I = item_ids.find(items["item_id"])
     item_number = np.full(len(item_ids), -1)
     item_number[final_I] = np.arange(len(final_I))
     parts = Parts(out, item_number, np.argsort(np.argsort(np.array(scenarios))), pool_SI, starts)
     final_users = _write_parts(settled, parts, users, only_active=data.core > 0)
-    parts.sign(*items["item_id"].to_pylist(), *items["title"].to_pylist())
+    parts.sign(items)
     side_IC, side = encode(items, [name for name in ITEM_FEATURES if name in items.column_names])
     profile_TP, profile = encode(users, [name for name in users.column_names if name != "user_id"])
     profile_UP = np.concatenate([profile_TP, np.zeros((1, profile_TP.shape[1]), np.int32)])[user_ids.find(final_users)]
-    parts.sign(side_IC, profile_UP, pool_SI)
+    parts.sign(side_IC, profile_UP, pool_SI, *bring_exposures(data, source, out))
     pq.write_table(items, out / "items.parquet", row_group_size=65_536)
     np.savez(out / "side.npz", side_IC=side_IC, profile_UP=profile_UP)
     np.savez(out / "pools.npz", pool_SI=pool_SI)
@@ -192,6 +197,8 @@ def _items(data: DataConfig, source: Path, quarantine: Quarantine) -> tuple[pa.T
         if lost := pc.sum(nonsense).as_py():
             quarantine.repaired["items: price is below 0, left out"] = lost
             rows = rows.set_column(rows.column_names.index("price"), "price", pc.if_else(nonsense, None, rows["price"]))
+    for name in (name for name in ("category_1", "category_2", "category_3", "brand") if name in rows.column_names):
+        rows = rows.set_column(rows.column_names.index(name), name, pc.if_else(pc.equal(rows[name], ""), None, rows[name]))
     rows = rows.sort_by("item_id").combine_chunks()
     if rows.num_rows < 2:
         raise DataError(f"{table.files[0]}: {rows.num_rows} item is left, a recommender needs at least 2")
@@ -229,7 +236,10 @@ def _spread(data: DataConfig, events: Table, items: Ids, buckets: Buckets, quara
             }
             for name in ("request_id", "query", "price", "quantity"):
                 kind = SCHEMA.field(name).type
-                columns[name] = rows[name].cast(kind, safe=False) if name in rows.column_names else pa.nulls(rows.num_rows, kind)
+                given = rows[name] if name in rows.column_names else pa.nulls(rows.num_rows, kind)
+                if name == "quantity" and pa.types.is_integer(given.type):
+                    given = pc.min_element_wise(given, _MOST, skip_nulls=False)
+                columns[name] = given.cast(kind, safe=False)
             for name in ("request_id", "query"):
                 columns[name] = pc.if_else(pc.equal(columns[name], ""), None, columns[name])
             buckets.add(pa.table(columns).select(SCHEMA.names))
@@ -248,6 +258,11 @@ def _pools(source: Path, scenarios: list[str], items: Ids, quarantine: Quarantin
         item_N, scenario_N = items.find(rows["item_id"]), Ids(scenarios).find(rows["scenario"])
         known_N = (item_N >= 0) & (scenario_N >= 0)
         pool_SI[scenario_N[known_N], item_N[known_N]] = True
+        named = np.unique(scenario_N[scenario_N >= 0])
+        if empty := [scenarios[scenario] for scenario in named if not pool_SI[scenario].any()]:
+            raise DataError(
+                f"{files[0]}: none of the items that it names for {', '.join(empty)} is in the items table: are these item_ids?"
+            )
         if not known_N.all():
             quarantine.repaired["pools: item_id or scenario is unknown, the row was left out"] = int((~known_N).sum())
     pool_SI[~pool_SI.any(axis=1)] = True

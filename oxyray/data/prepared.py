@@ -31,6 +31,7 @@ EVENT_SCHEMA = pa.schema(
         ("action", pa.int8()),
         ("scenario", pa.int16()),
         ("request", pa.int64()),
+        ("asked", pa.int64()),
         ("trigger", pa.int32()),
         ("query", pa.large_string()),
         ("price", pa.float32()),
@@ -44,7 +45,7 @@ EVENT_SCHEMA = pa.schema(
 class Meta:
     """What `meta.json` says. `side` and `profile` give each feature's name and size (its codes lie in 0..size-1, 0 unknown); `users` counts
     all known ones, `users_with_events` those with a history; `part_users` is the first user of each part; `fingerprint` changes with any
-    prepared event, item title, feature or pool."""
+    prepared event, item, feature, pool or exposure."""
 
     format: int
     name: str

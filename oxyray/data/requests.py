@@ -62,6 +62,8 @@ def timeline(events: dict[str, Array], splits: tuple[int, ...] = (0, 1, 2)) -> T
     column = {name: events[name][keep] for name in names}
     column["query"] = events["query_row"][keep] if "query_row" in events else np.full(int(keep.sum()), -1)
     begin_E, end_E = _request_times(column["user"], column["request"], column["time"])
+    if "asked" in events:  # a request's first event may have been dropped for a stronger action on the same item, or be of another split
+        begin_E = events["asked"][keep]
     order = np.lexsort((column["request"], end_E, column["user"]))
     column = {name: values[order] for name, values in column.items()}
     begin_E, end_E = begin_E[order], end_E[order]
@@ -95,14 +97,17 @@ def training_segments(time: Timeline, history: int, one_query: bool = False) -> 
     chunk = max(1, history // 2)
     first = np.flatnonzero(np.diff(time.user_E, prepend=-1) != 0)
     count = np.diff(np.append(first, len(time)))
-    chunks_U = np.where(count <= history + 1, 1, -(-count // chunk))
     size_U = np.where(count <= history + 1, count, chunk)
-    owner = np.repeat(np.arange(len(first)), chunks_U)
-    nth = np.arange(len(owner)) - np.repeat(np.cumsum(chunks_U) - chunks_U, chunks_U)
-    query_start = first[owner] + nth * size_U[owner]
-    query_end = np.minimum(query_start + size_U[owner], first[owner] + count[owner])
-    last_seen = first[owner] + np.maximum.reduceat(time.visible_E, query_start)
-    start = np.maximum(first[owner], last_seen - history)
+    place_E = np.arange(len(time)) - np.repeat(first, count)
+    opens_E = place_E % np.repeat(size_U, count) == 0
+    # A request that went on for long knows less than those around it: what would be too far back for a chunk begins another.
+    step_E = np.diff(time.visible_E, prepend=0)
+    opens_E |= (place_E > 0) & (np.repeat(count > history + 1, count)) & ((step_E < 0) | (step_E > chunk))
+    query_start = np.flatnonzero(opens_E)
+    query_end = np.append(query_start[1:], len(time))
+    first_seen = time.user_start_E[query_start]
+    last_seen = first_seen + np.maximum.reduceat(time.visible_E, query_start) if len(query_start) else query_start
+    start = np.maximum(first_seen, last_seen - history)
     return Segments(start, last_seen - start, query_start, query_end - query_start)
 
 

@@ -25,6 +25,7 @@ SCHEMA = pa.schema(
         ("action", pa.int8()),
         ("scenario", pa.int16()),
         ("request", pa.int64()),
+        ("asked", pa.int64()),
         ("trigger", pa.int32()),
         ("query", pa.large_string()),
         ("price", pa.float32()),
@@ -53,13 +54,15 @@ class Settled:
         names, named_N = distinct(rows["request_id"])
         named_N[named_N == len(names)] = -1
         request_N = order.number_requests(user_N, time_N, item_N, named_N)
+        asked_N = order.asked(request_N, time_N)
         keep_N = np.flatnonzero(order.strongest(request_N, item_N, rows["action"].to_numpy()))
         keep_N = keep_N[np.lexsort((keep_N, request_N[keep_N], time_N[keep_N], user_N[keep_N]))]
         self.merged += rows.num_rows - len(keep_N)
         kept = rows.drop_columns(["user_id", "request_id"]).take(pa.array(keep_N))
-        kept = (
-            kept.append_column("user", pa.array(user_N[keep_N])).append_column("request", pa.array(request_N[keep_N])).select(SCHEMA.names)
-        )
+        numbers = {"user": user_N, "request": request_N, "asked": asked_N}
+        for name, value_N in numbers.items():
+            kept = kept.append_column(name, pa.array(value_N[keep_N]))
+        kept = kept.select(SCHEMA.names)
         with pa.OSFile(str(self._path(len(self.users))), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             writer.write_table(kept.combine_chunks())
         self.users.append(user_ids)

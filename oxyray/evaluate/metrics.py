@@ -36,6 +36,8 @@ def names(ks: Sequence[int]) -> list[str]:
 def places(list_RK: Array, target_R: Array) -> Array:
     """0-based place of each row's target in its list, K where it is absent. Entries below 0 of a list are empty places."""
     hit_RK = (list_RK == target_R[:, None]) & (list_RK >= 0)
+    if not list_RK.shape[1]:  # all lists are empty
+        return np.zeros(len(list_RK), dtype=np.int64)
     return np.where(hit_RK.any(axis=1), hit_RK.argmax(axis=1), list_RK.shape[1])
 
 

@@ -179,11 +179,12 @@ def _ask(
     """Write one model's lists for both protocols; gives the share of recommended places that held an item outside the pool (they
     are left out)."""
     outside = places = 0
+    # Deep enough that k distinct SIDs remain when the whole history is left out, however many items share the fullest ones.
+    deep = int(np.sort(np.bincount(leaf_I[leaf_I >= 0]))[::-1][:k].sum())
     with bar(total, f"{model.name} answers", "request") as progress:
         for part in requests:
             for rows in part.batches(rows_per_call):
-                # Deep enough that k distinct SIDs remain when the whole history is left out and SIDs are shared.
-                lists = model.recommend(rows, 4 * k + int((rows.stop_R - rows.start_R).max()))
+                lists = model.recommend(rows, deep + int((rows.stop_R - rows.start_R).max()))
                 legal_RD = legal(lists, rows, pool_SI)
                 places, outside = places + int((lists.item_RK >= 0).sum()), outside + int((lists.item_RK >= 0).sum() - legal_RD.sum())
                 for protocol in PROTOCOLS:

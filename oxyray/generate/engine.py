@@ -193,7 +193,7 @@ class Generator:
         pools = _each(pool, batch.segments)
         legal = Legal(serving.policy.tree, pools, exclude)
         with self._started(serving, batch) as steps:
-            if per_root is None and self._captures(steps):
+            if per_root is None and self._captures(steps, self.beams):
                 warn_if_short(legal, self.beams)
                 graphs = serving.captured(self.beams, lambda: Best(self.beams), self.normalise)
                 beams = Beams.of(graphs.walk(steps.decoding, legal))
@@ -236,7 +236,7 @@ class Generator:
         legal = Legal(serving.policy.tree, _each(pool, batch.segments), exclude)
         sampling = sampling or Sampling()
         with self._started(serving, batch) as steps:
-            if not (sampling.plain and generator is None and self._captures(steps)):
+            if not (sampling.plain and generator is None and self._captures(steps, samples)):
                 return sample(steps, legal, samples, sampling, generator)
             warn_if_short(legal, samples)
             key = samples, sampling.temperature
@@ -244,8 +244,8 @@ class Generator:
             drawn = graphs.walk(steps.decoding, legal)
             return Samples(drawn.leaf_BK, drawn.logprob_BKL, drawn.score_BK)
 
-    def _captures(self, steps: PolicySteps) -> bool:
-        return self.capture and steps.hidden_BKD.is_cuda
+    def _captures(self, steps: PolicySteps, beams: int) -> bool:
+        return self.capture and Graphs.can(steps.policy, len(steps.hidden_BKD), beams)
 
     def _reordered(self, batch: Batch, lists: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The lists in the order of what the opinions make of them."""

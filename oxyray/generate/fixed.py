@@ -16,7 +16,7 @@ import torch
 
 from oxyray.generate import kernels
 from oxyray.generate.pools import Legal
-from oxyray.generate.score import Normalise, check_normalise, log_total
+from oxyray.generate.score import Normalise, check_normalise, dense_product, log_total
 from oxyray.generate.steps import Outputs, Steps
 from oxyray.generate.walk import Walked
 from oxyray.model.head import Tree
@@ -104,25 +104,25 @@ def _scored(steps: Steps, level: int, child_BWF: Tensor, legal_BWF: Tensor, norm
     outputs, hidden_MD = steps.outputs(level), steps.hidden_BKD.flatten(0, 1)
     check_normalise(outputs, normalise)
     row_MF = (steps.tree.code_of(level, child_BWF) if outputs.by_code else child_BWF).flatten(0, 1)
-    logit_BWF = precise(products(hidden_MD, outputs, row_MF)).view_as(child_BWF)
+    logit_BWF = products(hidden_MD, outputs, row_MF).view_as(child_BWF)
     if outputs.had is not None:
         request_B = torch.arange(len(child_BWF), device=child_BWF.device)
         logit_BWF = logit_BWF + outputs.had.change(level, request_B[:, None, None].expand_as(child_BWF), child_BWF).to(logit_BWF.dtype)
     logit_BWF = (logit_BWF / temperature).masked_fill(~legal_BWF, -torch.inf)
     if normalise == "vocabulary":
-        total_BW1 = precise(log_total(hidden_MD / temperature, outputs.vector_nD)).view(*child_BWF.shape[:2], 1)
+        total_BW1 = log_total(hidden_MD / temperature, outputs.vector_nD).view(*child_BWF.shape[:2], 1)
     else:
         total_BW1 = logit_BWF.logsumexp(-1, keepdim=True)
     return torch.where(legal_BWF, logit_BWF - total_BW1, -torch.inf)
 
 
 def products(hidden_MD: Tensor, outputs: Outputs, row_MF: Tensor) -> Tensor:
-    """Dot products of each state with the output vectors at its rows: (M, F)."""
+    """Dot products of each state with the output vectors at its rows, in float32 at least: (M, F)."""
     room = row_MF.shape[1]
     if row_MF.stride(0) == 0 or (outputs.by_code and room * _CHILD_COST > len(outputs.vector_nD)):
-        return (hidden_MD @ outputs.vector_nD.T).gather(1, row_MF)
+        return dense_product(hidden_MD, outputs.vector_nD).gather(1, row_MF)
     if kernels.usable(hidden_MD):
         return kernels.gathered_products(hidden_MD, outputs.vector_nD, row_MF)
     size = max(1, _SLICE // (room * hidden_MD.shape[1]))
     slices = zip(hidden_MD.split(size), row_MF.split(size), strict=True)
-    return torch.cat([torch.einsum("sd,sfd->sf", hidden_sD, outputs.vector_nD[row_sF]) for hidden_sD, row_sF in slices])
+    return torch.cat([torch.einsum("sd,sfd->sf", precise(hidden_sD), precise(outputs.vector_nD[row_sF])) for hidden_sD, row_sF in slices])

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,11 +24,13 @@ from oxyray.generate.steps import PolicySteps
 from oxyray.generate.walk import Walked
 from oxyray.model.decoder import BeamState, Memory
 from oxyray.model.layers import Tensor
+from oxyray.model.moe import MixtureOfExperts
 from oxyray.model.policy import Decoding, Policy, Shelf
 from oxyray.model.repeats import Had
 
 _SLOTS = 64  # memory slots are rounded up to a multiple of so many
 _NEVER = torch.iinfo(torch.int64).max  # behind all keys
+_MOST = 1 << 26  # children that a search has room for, over all requests and beams
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,29 @@ class Graphs:
         self, policy: Policy, choice: Callable[[], Choice], normalise: Normalise = "children", temperature: float = 1.0, most: int = 16
     ) -> None:
         self.policy, self.choice, self.normalise, self.temperature, self.most = policy, choice, normalise, temperature, most
+        self.memory = torch.cuda.graph_pool_handle() if policy.level.is_cuda else None  # of all graphs: one runs at a time
         self._captured: OrderedDict[_Bucket, _Captured] = OrderedDict()
+        self._vectors: list[Tensor] | None = None
+        self._copies: list[Tensor] = []
+
+    @staticmethod
+    def can(policy: Policy, requests: int, beams: int) -> bool:
+        """Whether it is on a GPU and can be captured: experts count their tokens on the host. And whether there is room for the largest
+        fan-out of all beams."""
+        tree = policy.tree
+        room = max(tree.fan_out(0), beams * max((tree.fan_out(level) for level in range(1, tree.levels)), default=0))
+        return policy.level.is_cuda and requests * room <= _MOST and not any(isinstance(m, MixtureOfExperts) for m in policy.modules())
+
+    def vectors(self, shelf: Shelf) -> list[Tensor]:
+        """Those of the head, where graphs find them: weights are where they are, others are copied to one place."""
+        if not self.policy.head.tied:
+            return shelf.vectors
+        if self._vectors is not shelf.vectors:
+            self._copies = self._copies or [torch.empty_like(vector) for vector in shelf.vectors]
+            self._vectors = shelf.vectors  # held, so that no other list can be taken for it
+            for own, given in zip(self._copies, shelf.vectors, strict=True):
+                own.copy_(given)
+        return self._copies
 
     @torch.no_grad()
     def walk(self, decoding: Decoding, legal: Legal) -> Walked:
@@ -80,7 +105,6 @@ class _Captured:
         self.graphs, self.bucket = graphs, bucket
         requests, slots = bucket.requests, bucket.slots
         device = decoding.hidden_BKD.device
-        self._vectors: list[Tensor] | None = None  # whose copies `shelf` holds
 
         def room(like: Tensor, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=like.dtype, device=device)
@@ -88,23 +112,22 @@ class _Captured:
         def pair(key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
             return room(key, requests, key.shape[1], length, key.shape[3]), room(value, requests, value.shape[1], length, value.shape[3])
 
-        memory = decoding.memory
+        memory, nothing = decoding.memory, torch.empty(0, device=device)  # of a memory, steps look at two things
         self.memory = Memory(
-            memory_BSD=memory.memory_BSD, position_BS=memory.position_BS, query_BP=memory.query_BP, real_BP=memory.real_BP,
+            memory_BSD=nothing, position_BS=nothing, query_BP=nothing, real_BP=nothing,
             visible_BPS=room(memory.visible_BPS, requests, 1, slots), position_BP=room(memory.position_BP, requests, 1),
         )  # fmt: skip
         self.states = [BeamState(pair(*s.cross, slots), pair(*s.prompt, s.prompt[0].shape[2]), []) for s in decoding.states]
         self.state_BD = room(decoding.state_BD, requests, *decoding.state_BD.shape[1:])
         self.hidden_BKD = room(decoding.hidden_BKD, requests, *decoding.hidden_BKD.shape[1:])
-        tied = graphs.policy.head.tied  # else the vectors are weights
-        self.shelf = Shelf(decoding.shelf.item_UD, [torch.empty_like(v) if tied else v for v in decoding.shelf.vectors])
+        self.shelf = Shelf(nothing, graphs.vectors(decoding.shelf))
         self.had = None
         if decoding.had is not None:
             keys, changes = ([room(each, bucket.had) for each in kind] for kind in (decoding.had.key_H, decoding.had.change_H))
             self.had = Had(requests, keys, changes, decoding.had.nodes)
         self.legal = Legal.empty(graphs.policy.tree, requests, bucket.pools, bucket.lost)
         self._fill(decoding, legal)
-        self._replay = _captured(self._search) if device.type == "cuda" else self._search
+        self._replay = _captured(self._search, graphs.memory) if device.type == "cuda" else self._search
 
     def run(self, decoding: Decoding, legal: Legal) -> Walked:
         self._fill(decoding, legal)
@@ -118,12 +141,14 @@ class _Captured:
         return walk_fixed(PolicySteps(graphs.policy, decoding), self.legal, graphs.choice(), graphs.normalise, graphs.temperature)
 
     def _fill(self, decoding: Decoding, legal: Legal) -> None:
-        """Copy in what a batch brings. Rows of requests that it has not stay as an earlier one left them: finite, and not looked at."""
+        """Copy in what a batch brings. Rows of requests that it has not stay as an earlier one left them: they are not looked at."""
         self.memory.visible_BPS.zero_()
         self.memory.visible_BPS[:, :, 0] = True  # a request that sees nothing would be NaN
         _put(self.memory.visible_BPS, decoding.memory.visible_BPS)
         _put(self.memory.position_BP, decoding.memory.position_BP)
         for mine, given in zip(self.states, decoding.states, strict=True):
+            for own, theirs in zip(mine.cross, given.cross, strict=True):
+                own[:, :, theirs.shape[2] :].zero_()  # nothing times what is not finite is not nothing
             for own, theirs in zip((*mine.cross, *mine.prompt), (*given.cross, *given.prompt), strict=True):
                 _put(own, theirs)
         _put(self.state_BD, decoding.state_BD)
@@ -133,16 +158,14 @@ class _Captured:
                 _put(own.fill_(_NEVER), theirs)
             for own, theirs in zip(self.had.change_H, decoding.had.change_H, strict=True):
                 _put(own, theirs)
-        if self.graphs.policy.head.tied and self._vectors is not decoding.shelf.vectors:
-            self._vectors = decoding.shelf.vectors  # held, so that no other list can be taken for it
-            for own, theirs in zip(self.shelf.vectors, self._vectors, strict=True):
-                own.copy_(theirs)
+        self.graphs.vectors(decoding.shelf)
         self.legal.take(legal)
 
 
-def _captured(search: Callable[[], Walked]) -> Callable[[], Walked]:
+def _captured(search: Callable[[], Walked], memory: Any) -> Callable[[], Walked]:
     """`search` as a CUDA graph: every replay fills the same result. It is run before, on a stream of its own, so that what is made at a
-    first call (compiled kernels, work space, tables of the index) is there."""
+    first call (compiled kernels, work space, tables of the index) is there; what that draws is put back."""
+    random = torch.cuda.get_rng_state()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -150,8 +173,9 @@ def _captured(search: Callable[[], Walked]) -> Callable[[], Walked]:
             search()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=memory):
         found = search()
+    torch.cuda.set_rng_state(random)
 
     def replay() -> Walked:
         graph.replay()

@@ -53,11 +53,11 @@ def usable(hidden_MD: Tensor) -> bool:
 
 
 def gathered_products(hidden_MD: Tensor, vector_VD: Tensor, row_MF: Tensor) -> Tensor:
-    """`(hidden_MD[:, None] * vector_VD[row_MF]).sum(-1)`, in float32 and then in the type of `hidden_MD`: (M, F)."""
+    """`(hidden_MD[:, None] * vector_VD[row_MF]).sum(-1)`, in float32: (M, F)."""
     triton, products = _kernel()
     (states, room), width = row_MF.shape, hidden_MD.shape[1]
     hidden_MD, vector_VD, row_MF = hidden_MD.contiguous(), vector_VD.contiguous(), row_MF.contiguous()
-    out_MF = torch.empty(states, room, dtype=hidden_MD.dtype, device=hidden_MD.device)
+    out_MF = torch.empty(states, room, dtype=torch.float32, device=hidden_MD.device)
     rows = min(32, triton.next_power_of_2(room))
     grid = (states, triton.cdiv(room, rows))
     products[grid](

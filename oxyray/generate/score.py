@@ -18,7 +18,7 @@ import torch
 from oxyray.errors import GenerationError
 from oxyray.generate.steps import Outputs
 from oxyray.model.head import Tree, ragged_logsumexp
-from oxyray.model.layers import Tensor
+from oxyray.model.layers import Tensor, precise
 
 Normalise = Literal["children", "vocabulary"]
 
@@ -95,16 +95,25 @@ def _dense(hidden_MD: Tensor, vector_VD: Tensor, pairs: Pairs, row_P: Tensor) ->
     return logit_P
 
 
+def dense_product(hidden_RD: Tensor, vector_CD: Tensor) -> Tensor:
+    """All logits, (R, C), in float32 at least: of rounded ones many would be equal."""
+    if hidden_RD.is_cuda and hidden_RD.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(hidden_RD, vector_CD.T, out_dtype=torch.float32)
+    return precise(hidden_RD) @ precise(vector_CD).T
+
+
 def log_total(hidden_MD: Tensor, vector_VD: Tensor) -> Tensor:
     """Log of the sum of the exponentials of all logits of each state: (M,)."""
     rows, codes = _BLOCK if hidden_MD.is_cpu else (max(1, _SLICE // len(vector_VD)), len(vector_VD))
-    total_M = hidden_MD.new_empty(len(hidden_MD))
+    total_M = precise(hidden_MD.new_empty(len(hidden_MD)))
+    narrow = hidden_MD.dtype != total_M.dtype
     for first in range(0, len(hidden_MD), rows):
         hidden_RD = hidden_MD[first : first + rows]
         buffer = hidden_MD.new_empty(len(hidden_RD), min(codes, len(vector_VD)))
-        top_R, sum_R = hidden_MD.new_full((len(hidden_RD),), -torch.inf), hidden_MD.new_zeros(len(hidden_RD))
+        top_R, sum_R = total_M.new_full((len(hidden_RD),), -torch.inf), total_M.new_zeros(len(hidden_RD))
         for vector_CD in vector_VD.split(codes):
-            logit_RC = torch.mm(hidden_RD, vector_CD.T, out=buffer[:, : len(vector_CD)])
+            into = None if narrow else buffer[:, : len(vector_CD)]
+            logit_RC = dense_product(hidden_RD, vector_CD) if into is None else torch.mm(hidden_RD, vector_CD.T, out=into)
             higher_R = torch.maximum(top_R, logit_RC.amax(-1))
             sum_R = sum_R * (top_R - higher_R).exp_() + logit_RC.sub_(higher_R[:, None]).exp_().sum(-1)
             top_R = higher_R

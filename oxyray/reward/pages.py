@@ -101,7 +101,7 @@ def exposed_pages(prepared: Prepared, file: Path) -> Pages:
         over_R=over_R,
         scenario_R=scenario_R[order_R],
         trigger_R=items.find(table["trigger_item_id"]).astype(np.int64)[order_R],
-        split_R=by_time(time_R, starts[0], starts[1]),
+        split_R=by_time(over_R, starts[0], starts[1]),  # what was done after a border is not known before it
         first_R=first_R,
         visible_R=last_known(user_R, over_R, time_R - 1) - first_R,
         offset_R1=np.append(0, np.cumsum(size_R[order_R])),
@@ -186,21 +186,31 @@ def stretches(pages: Pages, most: int, splits: tuple[int, ...] = (0,)) -> Stretc
 
 def _over(prepared: Prepared, user_R: Array, time_R: Array, size_R: Array, item_C: Array, done_C: Array) -> Array:
     """When each page was over: when the events have the last of what it says was done with its items, which may be long after it was shown;
-    its own time where they do not tell."""
-    page_C = np.repeat(np.arange(len(size_R)), size_R)[done_C > 0]
+    its own time where they do not tell. Of one user, item and action every event is of one page: the page that has waited longest."""
     names = ["user", "item", "action", "time"]
     logged = [prepared.events(part, names) for part in range(prepared.parts)]
-    asked = {"user": user_R[page_C], "item": item_C[done_C > 0], "action": done_C[done_C > 0] - 1, "time": time_R[page_C]}
-    column = {name: np.concatenate([asked[name], *(events[name] for events in logged)]) for name in names}
-    # Each asked one in front of the events of its time, so that what follows it is the first event at that time or later.
-    order = np.lexsort((np.arange(len(column["time"])) >= len(page_C), *(column[name] for name in reversed(names))))
-    following = np.minimum.accumulate(np.where(order >= len(page_C), np.arange(len(order)), len(order))[::-1])[::-1]
-    place_C = np.empty(len(order), np.int64)
-    place_C[order] = following
-    next_C = order[place_C[: len(page_C)].clip(max=len(order) - 1)]
-    same_C = np.all([column[name][next_C] == asked[name] for name in names[:3]], axis=0) & (next_C >= len(page_C))
+    event = {name: np.concatenate([events[name] for events in logged]).astype(np.int64) for name in names}
+    page_A = np.repeat(np.arange(len(size_R)), size_R)[done_C > 0]
+    asked = {"user": user_R[page_A], "item": item_C[done_C > 0], "action": done_C[done_C > 0] - 1, "time": time_R[page_A]}
+    column = {name: np.concatenate([asked[name], event[name]]) for name in names}
+    # By user, item and action, then by time, pages in front of the events of their time.
+    is_event = np.arange(len(column["time"])) >= len(page_A)
+    order = np.lexsort((is_event, column["time"], column["action"], column["item"], column["user"]))
+    is_event, new = is_event[order], run_starts(*(column[name][order] for name in names[:3]))
+    key, first = np.cumsum(new) - 1, np.flatnonzero(new)
+    before: Array = np.stack([np.cumsum(~is_event) - ~is_event, np.cumsum(is_event) - is_event])
+    nth_page, nth_event = before - before[:, first][:, key]
+    # A queue: of the pages that wait, each event serves one. So many are served when the event is over:
+    span = 1 + len(order)
+    at_E = np.flatnonzero(is_event)
+    served_E = np.minimum.accumulate((nth_page - nth_event)[at_E] - span * key[at_E]) + span * key[at_E] + nth_event[at_E]
+    served_E = np.minimum(served_E, nth_event[at_E] + 1)
+    at_A = np.flatnonzero(~is_event)
+    place_A = np.searchsorted(key[at_E] * span + served_E, key[at_A] * span + nth_page[at_A] + 1)
+    found_A = place_A < len(at_E)
+    found_A[found_A] = key[at_E[place_A[found_A]]] == key[at_A[found_A]]
     over_R = time_R.copy()
-    np.maximum.at(over_R, page_C[same_C], column["time"][next_C[same_C]])
+    np.maximum.at(over_R, page_A[order[at_A[found_A]]], column["time"][order[at_E[place_A[found_A]]]])
     return over_R
 
 

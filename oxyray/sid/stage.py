@@ -75,7 +75,7 @@ def sid(config: Config, run: Run) -> None:
         "left_out": list(fit.left_out_L),
         "held_out": len(fit.row_O),
         "duplicates": fit.duplicates,
-        "error": errors_at_fit(fit, vectors_IJ),
+        "error": errors_at_fit(fit, joiner, content_IF),
         "moved": int((codes_NL[:, : settings.levels] != fit.codes_NL).any(axis=1).sum()),
         "version": catalog.version,
         "encoder": {"name": settings.encoder, "identity": encoder_identity(encoder_folder(settings.encoder))},

@@ -31,7 +31,7 @@ Array = np.ndarray
 
 FAR = 0.95  # an item is far when the codebook describes it worse than this share of the items of its time
 _WATCH, _RETRAIN = 0.15, 0.30  # shares of far items; without drift 0.05 are
-_ENOUGH = 100  # items held out, to know how far 19 in 20 lie
+ENOUGH = 100  # items held out, to know how far 19 in 20 lie
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Drift:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """`catalog` is the run's catalogue with the new items behind the old; `codes_NL` are theirs. `drift` is None for runs of before."""
+    """`catalog` is the run's catalogue with the new items behind the old; `codes_NL` are theirs. `drift` is None where too few
+    items were held out to tell."""
 
     catalog: Catalog
     codes_NL: Array
@@ -107,7 +108,7 @@ class Tokenizer:
         plain_NL = self.codebook.assign(vectors_NJ)
         codes_NL = settled(self.config.sid, plain_NL, vectors_NJ, self.codebook, self.catalog.codes_IL)
         drift = None
-        if "error" in self._figures:
+        if self._figures.get("error"):
             error_N, then = self.codebook.errors(vectors_NJ, plain_NL), self._figures["error"]
             drift = Drift(len(error_N), float(error_N.mean()) / then["mean"], float((error_N > then["far"]).mean()))
         return Encoded(self.catalog.append(items.column("item_id").to_pylist(), codes_NL), codes_NL, drift)
@@ -129,9 +130,11 @@ def settled(config: SidConfig, codes_NL: Array, vectors_NJ: Array, codebook: RQK
     return numbered(codes_NL, config.width, taken_IL) if config.collisions == "extra_level" else codes_NL
 
 
-def errors_at_fit(fit: Fit, vectors_IJ: Array) -> dict[str, float]:
-    """What drift is measured against: the mean squared error of the items that were held out, of all where too few were, and the one that
-    19 in 20 of them stay below."""
-    row_O = fit.row_O if len(fit.row_O) >= _ENOUGH else np.arange(len(vectors_IJ))
-    error_O = fit.codebook.errors(vectors_IJ[row_O], fit.codes_NL[row_O])
+def errors_at_fit(fit: Fit, joiner: Joiner, content_IF: Array) -> dict[str, float] | None:
+    """What drift is measured against: the mean squared error of the items that were held out, read as new ones are (without behaviour), and
+    the one that 19 in 20 of them stay below. None where they are too few: the others were learned from, and lie too near to their codes."""
+    if len(fit.row_O) < ENOUGH:
+        return None
+    vectors_OJ = joiner.apply(content_IF[fit.row_O])
+    error_O = fit.codebook.errors(vectors_OJ, fit.codebook.assign(vectors_OJ))
     return {"mean": float(error_O.mean()), "far": float(np.quantile(error_O, FAR))}

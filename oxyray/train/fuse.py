@@ -60,7 +60,7 @@ def gather_inputs(config: Config, run: Run, prepared: Prepared) -> None:
               "size": settings.picture_size, "given": marks(files_under(config.sid.given)) if settings.given and config.sid.given else None,
               "rates": settings.rates, "neighbours": settings.neighbours}  # fmt: skip
     folder = run.path("fuse", "inputs")
-    if (folder / "about.json").exists() and read_json(folder / "about.json") == wanted:
+    if not config.force and (folder / "about.json").exists() and read_json(folder / "about.json") == wanted:
         return
     asked_W = distinct_queries(prepared, shown=False)
     found = sources(config, prepared, asked_W, lambda: encode(item_texts(columns), config.sid, config.cluster))

@@ -52,6 +52,9 @@ class Receiver(Member):
         self.channel: Channel | None = None
         self.has = -1.0
 
+    def ready(self) -> None:
+        """Nothing to read."""
+
     def receive(self, version: int, seat: Seat, expected: list[Form], folder: str, servers: list[Any]) -> None:
         if self.channel is None or self.channel.seat != seat:
             self.channel = Channel(seat)

@@ -184,3 +184,16 @@ def test_places() -> None:
         assert sum(bundle["CPU"] for bundle in each.bundles) == sum(map(len, each.places.values()))
     assert split(2, 3, 1, gpu=False).bundles == [{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}, {"CPU": 1.0}, {"CPU": 1.0}]
     assert colocated(1, 1, 1, gpu=False).gpus == {}
+
+
+def test_members_that_raise_while_they_are_enrolled_live_on(tmp_path: Path) -> None:
+    made = fleet(tmp_path, 3, max_restarts=0)
+    with pytest.raises(RewardError, match="request 3 scored nan"):
+        made.enrol("fail")
+    assert made.healthy() == [0, 1, 2]
+    made.enrol("load", version=4)
+    for number in range(3):
+        made.submit(number, "work", number=number)
+    assert made.collect(range(3), "work") == [(number, 4) for number in range(3)]
+    assert made.restarts == 0
+    made.stop()

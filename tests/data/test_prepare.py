@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from oxyray.data import buckets, prepare
 from oxyray.data.prepared import EVENT_SCHEMA, Prepared
+from oxyray.data.requests import timeline
 from oxyray.errors import DataError, RunError
 from tests.data import toy
 
@@ -205,3 +206,51 @@ def test_online_retail_has_its_published_size(public_data: Path, tmp_path: Path)
     assert (meta.users, meta.items, meta.events + meta.merged) == (2578, 3072, 129871)
     assert meta.quarantined == {}
     assert abs(meta.splits["test"] - 0.1 * meta.events) < 0.01 * meta.events
+
+
+def test_a_request_was_asked_when_it_began_whatever_of_it_is_kept(tmp_path: Path) -> None:
+    events = [
+        toy.event("u0", "i0", 1000, "click", request_id="first"),
+        toy.event("u0", "i1", 1020, "click", request_id="second"),
+        toy.event("u0", "i0", 1100, "purchase", request_id="first"),
+        *(toy.event("u1", f"i{n}", 1000 + n) for n in range(4)),
+        *(toy.event("u0", f"i{n}", 1200 + n) for n in range(3)),
+    ]
+    prepared = toy.run(toy.write(tmp_path / "tables", events), tmp_path / "run")
+    mine = prepared.user_events(0)
+    assert mine["time"].tolist() == [1020, 1100, 1200, 1201, 1202]
+    assert mine["asked"].tolist() == [1020, 1000, 1200, 1201, 1202]
+    time = timeline(prepared.events(0))
+    bought = int(np.flatnonzero((time.user_E == 0) & (time.action_E == 2))[0])
+    assert time.visible_E[bought] == 0, "the click on i1 came after it was asked"
+
+
+def test_the_fingerprint_knows_what_was_typed_described_and_shown(tmp_path: Path) -> None:
+    def fingerprint(name: str, events: list[Any] | None = None, items: list[Any] | None = None, shown: bytes = b"x") -> str:
+        folder = toy.write(tmp_path / name, events, items)
+        (folder / "exposures.parquet").write_bytes(shown)
+        return toy.run(folder, tmp_path / f"{name}-run", split="time", valid_share=0.2, test_share=0.2).meta.fingerprint
+
+    typed = [row | {"query": "pots"} for row in toy.EVENTS]
+    described = [row | {"description": "for the kitchen"} for row in toy.ITEMS]
+    found = [fingerprint("plain"), fingerprint("typed", typed), fingerprint("described", None, described), fingerprint("shown", shown=b"y")]
+    assert len(set(found)) == 4
+    assert fingerprint("again") == found[0]
+
+
+def test_pools_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
+    wrong = toy.write(tmp_path / "wrong", pools=[{"scenario": "home", "item_id": "nobody's"}])
+    with pytest.raises(DataError, match="none of the items that it names for home is in the items table"):
+        toy.run(wrong, tmp_path / "run")
+    events = [*(toy.event(f"u{u}", f"i{n}", 1000 + n) for u in range(3) for n in range(4)), toy.event("u0", "i5", 1100, scenario="promo")]
+    rare = toy.write(tmp_path / "rare", events, pools=[{"scenario": "promo", "item_id": "i5"}])
+    with pytest.raises(DataError, match=r"data\.core=2 leaves no item that may be recommended in promo"):
+        toy.run(rare, tmp_path / "run2", core=2)
+
+
+def test_absurd_quantities_and_empty_categories(tmp_path: Path) -> None:
+    events = [row | {"quantity": 3_000_000_000} for row in toy.EVENTS]
+    items = [row | {"category_1": "" if n % 2 else "tools"} for n, row in enumerate(toy.ITEMS)]
+    prepared = toy.run(toy.write(tmp_path / "tables", events, items), tmp_path / "run")
+    assert set(prepared.events(0)["quantity"].tolist()) == {2**31 - 1}
+    assert prepared.items["category_1"].to_pylist() == ["tools", None] * 3

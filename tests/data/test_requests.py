@@ -180,3 +180,20 @@ def test_a_worker_without_a_segment_takes_part_with_next_to_nothing() -> None:
     assert live
     assert idle
     assert all(piece.queries == 1 and len(piece.item_N) <= 1 for piece in idle)
+
+
+def test_a_request_that_went_on_for_long_keeps_its_history_in_training() -> None:
+    """It began after ten events and ended behind four hundred: what it may see is far back of what its neighbours see."""
+    at, clicks = np.concatenate([np.arange(400), [10, 390, 399]]), np.arange(400)
+    order, nothing = np.argsort(at, kind="stable"), np.zeros(403, int)
+    events = {
+        "user": nothing, "item": np.arange(403), "time": at[order], "action": nothing, "scenario": nothing,
+        "request": np.concatenate([clicks, [900] * 3])[order], "trigger": np.full(403, -1), "split": nothing,
+    }  # fmt: skip
+    time = timeline(events)
+    segments = training_segments(time, 100)
+    row_E = np.concatenate([np.arange(a, a + n) for a, n in zip(segments.query_start_B, segments.query_length_B, strict=True)])
+    assert sorted(row_E.tolist()) == list(range(403))
+    start_E = np.repeat(segments.start_B, segments.query_length_B)
+    seen_E = np.minimum(time.user_start_E[row_E] + time.visible_E[row_E] - start_E, segments.length_B.repeat(segments.query_length_B))
+    assert (seen_E >= np.minimum(time.visible_E[row_E], 50)).all()

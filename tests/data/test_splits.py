@@ -14,15 +14,25 @@ from oxyray.data import order
 from oxyray.errors import ConfigError, DataError
 from tests.data import toy
 
-_sorted_users = st.lists(st.integers(0, 5), max_size=40).map(sorted)
+_sorted_rows = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=40).map(lambda rows: sorted(rows, key=lambda row: row[0]))
 
 
-@given(_sorted_users)
-def test_leave_one_out_takes_the_last_two_of_users_with_three(users: list[int]) -> None:
-    split = order.leave_one_out(np.array(users, np.int32)).tolist()
-    for user in set(users):
-        mine = [s for u, s in zip(users, split, strict=True) if u == user]
-        assert mine == ([0] * (len(mine) - 2) + [1, 2] if len(mine) >= 3 else [0] * len(mine))
+@given(_sorted_rows)
+def test_leave_one_out_takes_the_last_two_requests_of_users_with_three(rows: list[tuple[int, int]]) -> None:
+    user_N, request_N = (np.array([row[k] for row in rows], np.int64) for k in range(2))
+    request_N = request_N + 10 * user_N
+    split = order.leave_one_out(user_N, request_N).tolist()
+    for user in set(user_N.tolist()):
+        mine = [(r, s) for u, r, s in zip(user_N.tolist(), request_N.tolist(), split, strict=True) if u == user]
+        by_end = list(dict.fromkeys(r for r, _ in reversed(mine)))[::-1]
+        want = dict.fromkeys(by_end, 0) | (dict(zip(by_end[-2:], (1, 2), strict=True)) if len(by_end) >= 3 else {})
+        assert [s for _, s in mine] == [want[r] for r, _ in mine]
+    alone = order.leave_one_out(user_N, np.arange(len(user_N))).tolist()
+    for user in set(user_N.tolist()):
+        count = int((user_N == user).sum())
+        assert [s for u, s in zip(user_N.tolist(), alone, strict=True) if u == user] == (
+            [0] * (count - 2) + [1, 2] if count >= 3 else [0] * count
+        )
 
 
 @given(st.lists(st.integers(0, 10**10), min_size=1, max_size=60), st.data())

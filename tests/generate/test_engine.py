@@ -173,7 +173,7 @@ def test_captured_searches_answer_as_the_others_do(monkeypatch):
     toy = Toy(items=60, width=6, repeats=True)
     plain, captured = made(toy), made(toy)
     for generator, how in ((plain, False), (captured, True)):
-        monkeypatch.setattr(generator, "_captures", lambda steps, how=how: how)
+        monkeypatch.setattr(generator, "_captures", lambda steps, beams, how=how: how)
     for events in ([5, 9, 30], [7], [1, 2, 3, 4, 50]):
         batch, bought = toy.request_batch(np.array(events)), [np.array([3, 9])] * len(events)
         one, two = (generator.generate(batch, items=9, exclude=bought) for generator in (plain, captured))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,19 @@ def test_when_pages_are_over_against_a_look_at_every_event(seed: int, pages: int
               "time": random.integers(0, 20, count)}  # fmt: skip
     user_R, time_R, size_R = random.integers(0, 3, pages), random.integers(0, 20, pages), random.integers(0, 4, pages)
     item_C, done_C = random.integers(0, 4, size_R.sum()), random.integers(0, 4, size_R.sum())
-    want = []
-    ends = np.cumsum(size_R)
-    for r in range(pages):
-        over = int(time_R[r])
-        for c in range(ends[r] - size_R[r], ends[r]):
-            same = (logged["user"] == user_R[r]) & (logged["item"] == item_C[c]) & (logged["action"] == done_C[c] - 1)
-            later = logged["time"][same & (logged["time"] >= time_R[r])]
-            over = max(over, int(later.min(initial=over)) if not len(later) else int(later.min()))
-        want.append(over)
-    assert _over(Events(), user_R, time_R, size_R, item_C, done_C).tolist() == want  # type: ignore[arg-type]
+    want, page_C = time_R.copy(), np.repeat(np.arange(pages), size_R)
+    for user, item, action in itertools.product(range(3), range(4), range(3)):
+        here = (user_R[page_C] == user) & (item_C == item) & (done_C == action + 1)
+        waiting = [(int(time_R[page]), 0, int(page)) for page in page_C[here]]
+        same = (logged["user"] == user) & (logged["item"] == item) & (logged["action"] == action)
+        queue: list[int] = []
+        for time, is_event, page in sorted([*waiting, *((int(time), 1, -1) for time in logged["time"][same])]):
+            if not is_event:
+                queue.append(page)
+            elif queue:
+                served = queue.pop(0)
+                want[served] = max(want[served], time)
+    assert _over(Events(), user_R, time_R, size_R, item_C, done_C).tolist() == want.tolist()  # type: ignore[arg-type]
 
 
 def test_exposures_that_cannot_be_used(prepared: Prepared, tmp_path: Path):

@@ -134,9 +134,7 @@ def test_new_items_get_codes_of_the_same_codebook_behind_the_old(tmp_path: Path,
     grown = encoded.catalog
     assert grown.extends(old)
     assert len(grown) == 56
-    assert encoded.drift is not None
-    assert encoded.drift.items == 2
-    assert "new items" in str(encoded.drift)
+    assert encoded.drift is None, "too few items were held out to tell"
     if vectors == "text":  # the same text, so the same SID
         twin = Prepared.load(run.path("data")).items.column("title").to_pylist().index("red lipstick")
         assert (grown.codes_IL[54] == old.codes_IL[twin]).all()

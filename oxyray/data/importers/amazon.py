@@ -150,7 +150,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         try:
             value = ast.literal_eval(line.decode().strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
 
@@ -181,11 +181,16 @@ def _words(value: Any) -> str | None:
         value = " ".join(str(part) for part in value)
     if not isinstance(value, str):
         return None
-    return " ".join(_TAG.sub(" ", html.unescape(value[: 2 * _LONGEST])).split())[:_LONGEST] or None
+    return " ".join(_TAG.sub(" ", html.unescape(_sound(value[: 2 * _LONGEST]))).split())[:_LONGEST] or None
 
 
 def _text(value: Any) -> str | None:
-    return str(value) if value not in (None, "") else None
+    return _sound(str(value)) if value not in (None, "") else None
+
+
+def _sound(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _batches(records: Iterator[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:

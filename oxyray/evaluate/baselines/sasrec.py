@@ -9,6 +9,7 @@ Legend: B windows, S positions, T targets, I items, D width.
 
 from __future__ import annotations
 
+import math
 import time as clock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -156,6 +157,8 @@ def _steps(wins: Windows, targets_per_step: int, rng: np.random.Generator) -> It
     count_B = np.diff(wins.first_B)
     order_B = rng.permutation(np.flatnonzero(count_B))
     step_B = np.cumsum(count_B[order_B]) // targets_per_step
+    if not len(order_B):
+        return
     yield from np.split(order_B, np.flatnonzero(np.diff(step_B)) + 1)
 
 
@@ -193,7 +196,7 @@ class Sasrec:
             for rows in requests.batches(batch):
                 score_RI = self.scores(rows)
                 own_R1 = score_RI.gather(1, torch.from_numpy(rows.target_R.astype(np.int64)).to(self.device)[:, None])
-                hits += int(((score_RI > own_R1).sum(dim=1) < k).sum())
+                hits += int(((~(score_RI < own_R1)).sum(dim=1) <= k).sum())  # who ties with others stands behind them, NaN is no place
                 total += len(rows)
         return hits / max(total, 1)
 
@@ -227,6 +230,8 @@ def train(
             steps.update()
             if _over(began, config.max_minutes):
                 break
+        if not math.isfinite(loss_sum):  # it has diverged; what was best before stays
+            break
         recall = model.recall(valid, 10)
         log(
             {"epoch": epoch, "loss": loss_sum / max(len(wins.target_T), 1), "valid_recall@10": recall, "seconds": clock.monotonic() - began}
