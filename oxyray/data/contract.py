@@ -26,6 +26,7 @@ class Quarantine:
     def __init__(self, folder: Path, max_share: float) -> None:
         self.folder = folder
         self.max_share = max_share
+        self.moves: tuple[Path, Path] | None = None  # a folder that is being written, and where it will stand
         self.counts: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
         self._table_bad: Counter[str] = Counter()
@@ -38,20 +39,25 @@ class Quarantine:
         place_N = np.flatnonzero(reason_N)
         if not len(place_N):
             return
-        told = [reasons[code - 1] for code in reason_N[place_N]]
+        told, file = [reasons[code - 1] for code in reason_N[place_N]], self._named(chunk.file)
         rows = chunk.rows.take(pa.array(place_N))
-        rows = rows.append_column("reason", pa.array(told)).append_column("file", pa.array([str(chunk.file)] * len(told)))
+        rows = rows.append_column("reason", pa.array(told)).append_column("file", pa.array([str(file)] * len(told)))
         rows = rows.append_column("row", pa.array(place_N + chunk.first_row + 1 if chunk.line_N is None else chunk.line_N[place_N]))
         if table not in self._example:
             first = rows.slice(0, 1).to_pylist()[0]
             value = first.get(told[0].split(" ")[0])
-            where = f"{chunk.file} {'row' if chunk.line_N is None else 'line'} {first['row']}"
+            where = f"{file} {'row' if chunk.line_N is None else 'line'} {first['row']}"
             self._example[table] = f"first: {where}, {told[0]}" + ("" if value is None else f": {value!r}"[:100])
         self._writer(table, rows.schema).write_table(rows)
         count = Counter(told)
         self.counts.update({f"{table}: {why}": n for why, n in count.items()})
         self._table_reasons.setdefault(table, Counter()).update(count)
         self._table_bad[table] += len(told)
+
+    def _named(self, file: Path) -> Path:
+        if self.moves and file.is_relative_to(self.moves[0]):
+            return self.moves[1] / file.relative_to(self.moves[0])
+        return file
 
     def check(self, table: str, rows: int) -> None:
         """Raises DataError when the table, of `rows` rows in all, has more broken ones than allowed."""

@@ -51,6 +51,7 @@ def prepare(config: Config, run: Run) -> None:
         source = Path(data.path or "").expanduser()
         if data.source != "tables":
             source = folders.enter_context(whole(run.path("source")))
+            quarantine.moves = source, run.path("source")
             write_source(data, source, quarantine, config.cluster)
         meta = write_prepared(data, source, out, quarantine)
     print(statistics.text(meta), flush=True)
