@@ -1,6 +1,7 @@
 """What alignment is worth, by objective (paper, Table 10), by SA-GCPO's temperatures (Table 11) and by the share of synthetic requests
-(Figure 7): `python -m benchmarks.objectives methods|stale|tau|synthetic data=mall [overrides] [--seeds 1 2 3]`. `stale` is `methods` with
-candidates that are several versions old, so that ratios leave 1, which is where the objectives differ.
+(Figure 7): `python -m benchmarks.objectives methods|stale|longer|tau|synthetic data=mall [overrides] [--seeds 1 2 3]`. `stale` is `methods`
+with candidates that are several versions old, so that ratios leave 1, which is where the objectives differ; `longer` is SA-GCPO and its
+control on two and a half times as many steps.
 
 One supervised policy, which has held the newest training events back, is aligned again and again, from the same start, on the same budget;
 a seed draws requests and candidates. What is told is the test split's, of the weights that validation chose (`align` keeps the start where
@@ -27,7 +28,7 @@ from oxyray.pipeline import STAGES, borrow, run_all, run_one
 from oxyray.run import Run
 
 OTHERS = ("supervised", "grpo", "gspo", "ecpo", "gbpo")
-RIVALS: dict[str, list[str]] = {"methods": [], "stale": ["align.staleness=8"]}
+RIVALS: dict[str, list[str]] = {"methods": [], "stale": ["align.staleness=8"], "longer": []}
 TAUS = ((1.0, 1.05), (1.0, 1.0), (1.0, 0.95), (1.0, 2.0), (1.0, 0.5))  # the paper's three, and two that can be told apart
 SHARES = (0.0, 0.17, 0.33, 0.5)
 METRICS = ("HR@1", "HR@10", "NDCG@10")
@@ -36,8 +37,11 @@ PLAIN = "not aligned, trained on everything for as long"
 Figures = dict[str, float]
 
 
-def ways(part: str) -> dict[str, list[str]]:
-    """Title of each way to align, and its overrides."""
+def ways(part: str, steps: int) -> dict[str, list[str]]:
+    """Title of each way to align, and its overrides; `steps` are those of the configuration."""
+    if part == "longer":
+        more = [f"align.steps={5 * steps // 2}", f"align.eval_every_steps={steps // 2}"]
+        return {name: [f"align.objective.name={name}", *more] for name in ("sa_gcpo", "supervised")}
     if part in RIVALS:
         return {name: [f"align.objective.name={name}", *RIVALS[part]] for name in ("sa_gcpo", *OTHERS)}
     if part == "tau":
@@ -67,7 +71,7 @@ def main() -> None:
     with one_ray(config.processes):
         run_all(config, [stage for stage in STAGES if stage.name in ("prepare", "fuse", "sid", "pretrain", "rank")])
         for seed in seeds:
-            for title, overrides in ways(options.part).items():
+            for title, overrides in ways(options.part, config.align.steps).items():
                 folder = base / f"{options.part}-{slug(title)}-{seed}"
                 told = f"evaluate.before={str(START not in found).lower()}"  # all begin at the same policy
                 aligned, begun = once([*words, *overrides, told, f"align.seed={seed}"], Run(config.run_dir), folder)
