@@ -43,9 +43,9 @@ class Broadcast:
     def __call__(self, version: int, learners: Group, rollouts: Fleet, tables: str, servers: Servers) -> None:
         expected = learners.call("publish", version=version, keep=True)[0]
         common = {"version": version, "folder": tables, "servers": servers}
-        members, later = rollouts.healthy(), {"learner": learners.actors[0], **common}
-        if members and self._broke < 2:
-            self._take_seats(learners, rollouts, members)
+        later = {"learner": learners.actors[0], **common}
+        members = self._seated(learners, rollouts) if self._broke < 2 else []
+        if members:
             nobody = [(None,)] * (len(learners.actors) - 1)
             sent = learners.begin("send", [(self._seats[0],), *nobody])
             each = {member: {"seat": seat, "expected": expected, **common} for member, seat in zip(members, self._seats[1:], strict=True)}
@@ -70,11 +70,12 @@ class Broadcast:
             print(f"publication of version {version}: {lost}: the rollout workers ask the first learner{ever}", flush=True)
         rollouts.enrol("fetch", **later)
 
-    def _take_seats(self, learners: Group, rollouts: Fleet, members: list[int]) -> None:
-        """Those of before, where everybody is who he was."""
-        now = (learners, rollouts.restarts, *members)
-        if self._opened != now:
-            rollouts.enrol("ready")  # whatever takes its time first: the sender does not wait for long
-            _, address, port = learners.call("meet")[0]
-            self._seats = [Seat(address, port, rank, 1 + len(members), self.seconds) for rank in range(1 + len(members))]
-            self._opened = now
+    def _seated(self, learners: Group, rollouts: Fleet) -> list[int]:
+        """The rollout workers that have a seat: the same as before, where everybody is who he was."""
+        if self._opened == (learners, rollouts.restarts, *rollouts.healthy()):
+            return rollouts.healthy()
+        rollouts.enrol("ready")  # whatever takes its time first: the sender does not wait for long
+        members, (_, address, port) = rollouts.healthy(), learners.call("meet")[0]
+        self._seats = [Seat(address, port, rank, 1 + len(members), self.seconds) for rank in range(1 + len(members))]
+        self._opened = (learners, rollouts.restarts, *members)
+        return members
