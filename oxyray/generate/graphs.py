@@ -127,7 +127,7 @@ class _Captured:
             self.had = Had(requests, keys, changes, decoding.had.nodes)
         self.legal = Legal.empty(graphs.policy.tree, requests, bucket.pools, bucket.lost)
         self._fill(decoding, legal)
-        self._replay = _captured(self._search, graphs.memory) if device.type == "cuda" else self._search
+        self._replay = _capture(self._search, graphs.memory) if device.type == "cuda" else self._search
 
     def run(self, decoding: Decoding, legal: Legal) -> Walked:
         self._fill(decoding, legal)
@@ -162,7 +162,7 @@ class _Captured:
         self.legal.take(legal)
 
 
-def _captured(search: Callable[[], Walked], memory: Any) -> Callable[[], Walked]:
+def _capture(search: Callable[[], Walked], memory: Any) -> Callable[[], Walked]:
     """`search` as a CUDA graph: every replay fills the same result. It is run before, on a stream of its own, so that what is made at a
     first call (compiled kernels, work space, tables of the index) is there; what that draws is put back."""
     random = torch.cuda.get_rng_state()
