@@ -10,6 +10,7 @@ Legend: B requests of a bucket, S memory slots, K beams, L levels, H heads, E he
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ class _Captured:
             self.had = Had(requests, keys, changes, decoding.had.nodes)
         self.legal = Legal.empty(graphs.policy.tree, requests, bucket.pools, bucket.lost)
         self._fill(decoding, legal)
-        self._replay = _capture(self._search, graphs.memory) if device.type == "cuda" else self._search
+        self._replay = _captured_if_possible(self._search, graphs.memory) if device.type == "cuda" else self._search
 
     def run(self, decoding: Decoding, legal: Legal) -> Walked:
         self._fill(decoding, legal)
@@ -160,6 +161,18 @@ class _Captured:
                 _put(own, theirs)
         self.graphs.vectors(decoding.shelf)
         self.legal.take(legal)
+
+
+def _captured_if_possible(search: Callable[[], Walked], memory: Any) -> Callable[[], Walked]:
+    """The search as a CUDA graph; as it is, step by step, where CUDA refuses (no memory left, a call that cannot be captured). Results are
+    the same, only later; so that is said."""
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that breaks off may leave its own stream behind
+            return _capture(search, memory)
+    except RuntimeError as error:
+        told = "a search could not be captured as a CUDA graph and runs without, which is slower: %s"
+        logging.getLogger(__name__).warning(told, error)
+        return search
 
 
 def _capture(search: Callable[[], Walked], memory: Any) -> Callable[[], Walked]:

@@ -3,6 +3,7 @@ weights. On a GPU the graphs are captured and replayed; elsewhere the same steps
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from oxyray.generate.beam import beam_search
 from oxyray.generate.fixed import Best, GumbelTopK, walk_fixed
-from oxyray.generate.graphs import Graphs, _power
+from oxyray.generate.graphs import Graphs, _captured_if_possible, _power
 from oxyray.generate.pools import Legal, Pool
 from oxyray.generate.steps import PolicySteps
 from tests.generate.test_fixed import DEVICES, same
@@ -68,6 +69,18 @@ def test_graphs_are_shared_by_batches_of_like_size():
         graphs.walk(decoding, Legal(toy.policy.tree, [None] * requests))
     assert len({(bucket.requests, bucket.slots) for bucket in graphs._captured}) == 1
     assert [_power(count) for count in (0, 1, 2, 3, 4, 5, 1000)] == [1, 1, 2, 4, 4, 8, 1024]
+
+
+def test_a_search_that_cannot_be_captured_runs_without(monkeypatch, caplog):
+    def refused(search, memory):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("oxyray.generate.graphs._capture", refused)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    search = _captured_if_possible(lambda: "found", None)
+    assert search() == "found"
+    assert "runs without, which is slower: operation not permitted" in caplog.text
 
 
 def test_draws_are_those_of_the_walk_itself():
