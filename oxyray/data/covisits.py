@@ -52,7 +52,10 @@ def co_visits(
     from_power: float = 0.4,
     to_power: float = 0.15,
     neighbours: int = 200,
+    most: int = 1 << 27,
 ) -> CoVisits:
+    """Of the training events. Where there are more than `most` pairs after a part, each item goes on with the 4 * `neighbours` largest sums
+    so far, so memory is bounded by that and one part."""
     sum_II = sparse.csr_matrix((items, items), dtype=np.float64)
     count_I = np.zeros(items, dtype=np.int64)
     for part in range(data.parts):
@@ -66,11 +69,17 @@ def co_visits(
             value = np.full(len(same), 1.0 / gap)
             pairs = (np.concatenate([value, backward * value]), (np.concatenate([earlier, later]), np.concatenate([later, earlier])))
             sum_II = sum_II + sparse.csr_matrix(pairs, shape=(items, items))
+        if sum_II.nnz > most:
+            sum_II = _largest(_rows(sum_II), sum_II.indices, sum_II.data, 4 * neighbours, items)
     from_I, to_I = np.maximum(count_I, 1) ** from_power, np.maximum(count_I, 1) ** to_power
-    row_N = np.repeat(np.arange(items), np.diff(sum_II.indptr))
+    row_N = _rows(sum_II)
     value_N = sum_II.data / (from_I[row_N] * to_I[sum_II.indices])
     keep = row_N != sum_II.indices
     return CoVisits(_largest(row_N[keep], sum_II.indices[keep], value_N[keep], neighbours, items), from_I, to_I)
+
+
+def _rows(of_II: sparse.csr_matrix) -> Array:
+    return np.repeat(np.arange(of_II.shape[0]), np.diff(of_II.indptr))
 
 
 def _largest(row_N: Array, column_N: Array, value_N: Array, count: int, items: int) -> sparse.csr_matrix:

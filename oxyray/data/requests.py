@@ -9,7 +9,7 @@ Legend: E events of a part, B segments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -35,6 +35,13 @@ class Timeline:
 
     def __len__(self) -> int:
         return len(self.user_E)
+
+    def of_rows(self, row_R: Array) -> tuple[Timeline, Array]:
+        """All events of the users that these rows belong to, and the rows' places there: few requests need not keep a whole part."""
+        keep_E = np.isin(self.user_E, self.user_E[row_R])
+        before_E: Array = np.cumsum(keep_E) - keep_E
+        kept = {field.name: getattr(self, field.name)[keep_E] for field in fields(self)}
+        return Timeline(**kept | {"user_start_E": before_E[kept["user_start_E"]]}), before_E[row_R]
 
 
 @dataclass(frozen=True)

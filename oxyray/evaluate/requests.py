@@ -90,7 +90,7 @@ def ranges(start_R: Array, stop_R: Array) -> tuple[Array, Array]:
 
 def asked(data: Parts, split: int, limit: int | None = None, seed: int = 0) -> Iterator[Requests]:
     """The rows of `split`, part by part. Where there are more than `limit`, a seeded uniform sample of that many: the same for the
-    same data."""
+    same data. Only events of users who are asked are kept."""
     times = [timeline(data.events(0))] if data.parts == 1 else []
     counts = [int((data.events(part)["split"] == split).sum()) for part in range(data.parts)]
     total = sum(counts)
@@ -104,4 +104,4 @@ def asked(data: Parts, split: int, limit: int | None = None, seed: int = 0) -> I
         first += count
         if chosen.any():
             time = times[0] if times else timeline(data.events(part))
-            yield Requests(part, time, np.flatnonzero(time.split_E == split)[chosen])
+            yield Requests(part, *time.of_rows(np.flatnonzero(time.split_E == split)[chosen]))

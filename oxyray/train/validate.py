@@ -126,5 +126,5 @@ def _sample(inputs: Inputs, asked_S: np.ndarray, limit: int, seed: int) -> list[
         first += count
         if len(here):
             time = timeline(prepared.events(part), splits=(0, 1))
-            sample.append((time, np.flatnonzero((time.split_E == 1) & asked_S[time.scenario_E])[here]))
+            sample.append(time.of_rows(np.flatnonzero((time.split_E == 1) & asked_S[time.scenario_E])[here]))
     return sample

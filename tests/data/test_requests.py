@@ -67,6 +67,21 @@ def test_a_training_timeline_holds_training_events_only(raw):
     assert sorted(timeline(raw, splits=(0,)).item_E) == sorted(raw["item"][raw["split"] == 0])
 
 
+@settings(max_examples=50, deadline=None)
+@given(raw=events(), data=st.data())
+def test_rows_see_the_same_where_only_their_users_are_kept(raw, data):
+    time = timeline(raw)
+    rows = np.array(data.draw(st.lists(st.integers(0, len(time) - 1), min_size=1, max_size=5)))
+    few, places = time.of_rows(rows)
+    assert set(few.user_E) == set(time.user_E[rows])
+    assert len(few) == np.isin(time.user_E, time.user_E[rows]).sum()
+    for row, place in zip(rows, places, strict=True):
+        assert few.request_E[place] == time.request_E[row]
+        assert few.item_E[place] == time.item_E[row]
+        seen, kept = (t.item_E[t.user_start_E[r] : t.user_start_E[r] + t.visible_E[r]] for t, r in ((time, row), (few, place)))
+        assert seen.tolist() == kept.tolist()
+
+
 class Parts:
     """Three parts of users, as `Prepared` gives them."""
 

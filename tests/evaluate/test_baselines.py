@@ -110,6 +110,16 @@ def test_knn_similarity_equals_its_definition():
         assert set(np.flatnonzero(few[i])) == set(np.argsort(-want[i], kind="stable")[:3][np.sort(want[i])[::-1][:3] > 0])
 
 
+def test_pairs_are_thinned_out_between_parts_where_there_are_too_many():
+    shop, powers = Shop(3), {"reach": 4, "backward": 0.3, "from_power": 0.4, "to_power": 0.2}
+    want = slow_similarity(shop, *powers.values())
+    np.testing.assert_allclose(co_visits(shop, shop.items, **powers, neighbours=100, most=0).similar_II.toarray(), want, rtol=1e-5)
+    thin = co_visits(shop, shop.items, **powers, neighbours=1, most=0).similar_II.toarray()
+    assert ((thin > 0).sum(axis=1) <= 1).all()
+    assert (thin <= want * (1 + 1e-5)).all()
+    assert (thin.max(axis=1) >= 0.5 * want.max(axis=1)).mean() > 0.9
+
+
 def test_knn_scores_by_age_and_fills_up_with_popular_items():
     shop = Shop(4, items=30)
     popularity = Popularity(shop, shop.pool_SI)
