@@ -237,6 +237,7 @@ class Peers:
             "HF draws, vectorised mask": partial(theirs, hugging_face_draws, self.mask),
             "HF beams, vectorised mask": partial(theirs, hugging_face, self.mask),
             "HF draws, prefix function": partial(theirs, hugging_face_draws, self.function),
+            "HF beams, prefix function": partial(theirs, hugging_face, self.function),
         }
 
     def _encoded(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,8 +263,9 @@ def beside_hugging_face(report: Report, seconds: dict[str, list[float]], setting
     size = f"{settings.requests_per_step} requests × {settings.group} candidates{about}"
     report.table(f"A step of {size} in one process, by who generates (medians of {len(others)} steps)", columns, rows)
     for kind in ("vectorised mask", "prefix function"):
-        title = f"a step of {size} with HF's draws by a {kind} against one with ours: time"
-        report.claim(title, step[f"HF draws, {kind}"] / step[ours], 10, "×")
+        for what in ("draws", "beams"):
+            title = f"a step of {size} with HF's {what} by a {kind} against one with ours: time"
+            report.claim(title, step[f"HF {what}, {kind}"] / step[f"our {what}, T5"], 10, "×")
 
 
 def _crowd(count: int) -> str:

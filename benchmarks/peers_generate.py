@@ -125,27 +125,6 @@ class CsrMask(LogitsProcessor):
         return torch.log_softmax(scores, dim=-1) if self.normalise == "children" else scores
 
 
-def hugging_face(model: Model, memory_BSD: Tensor, visible_BS: Tensor, mask: CsrMask, beams: int) -> tuple[Tensor, Tensor]:
-    """Codes (B, K, L) and scores (B, K) of `generate`'s beam search."""
-    levels = mask.levels
-    found = model.generate(
-        encoder_outputs=BaseModelOutput(last_hidden_state=memory_BSD),
-        attention_mask=visible_BS.long(),
-        num_beams=beams,
-        num_return_sequences=beams,
-        max_new_tokens=levels,
-        do_sample=False,
-        length_penalty=0.0,
-        early_stopping="never",
-        eos_token_id=None,
-        logits_processor=LogitsProcessorList([mask]),
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    shape = (len(memory_BSD), beams)
-    return found.sequences[:, 1:].view(*shape, levels), found.sequences_scores.view(*shape)
-
-
 class PrefixFunction:
     """The mask as `generate`'s own `prefix_allowed_tokens_fn`: a table from each prefix to its legal codes, asked for every sequence."""
 
@@ -162,9 +141,28 @@ class PrefixFunction:
         return self.legal[tuple(sequence_T[1:].tolist())]
 
 
+def hugging_face(model: Model, memory_BSD: Tensor, visible_BS: Tensor, rule: CsrMask | PrefixFunction, beams: int) -> tuple[Tensor, Tensor]:
+    """Codes (B, K, L) and scores (B, K) of `generate`'s beam search, held to the catalogue by the rule."""
+    found = model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=memory_BSD),
+        attention_mask=visible_BS.long(),
+        num_beams=beams,
+        num_return_sequences=beams,
+        max_new_tokens=rule.levels,
+        do_sample=False,
+        length_penalty=0.0,
+        early_stopping="never",
+        eos_token_id=None,
+        **_held(rule),
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    shape = (len(memory_BSD), beams)
+    return found.sequences[:, 1:].view(*shape, rule.levels), found.sequences_scores.view(*shape)
+
+
 def hugging_face_draws(model: Model, memory_BSD: Tensor, visible_BS: Tensor, rule: CsrMask | PrefixFunction, samples: int) -> Tensor:
     """Codes (B, G, L) of `generate`'s sampling, each draw by itself, held to the catalogue by the rule."""
-    mask, function = (rule, None) if isinstance(rule, CsrMask) else (None, rule)
     found = model.generate(
         encoder_outputs=BaseModelOutput(last_hidden_state=memory_BSD),
         attention_mask=visible_BS.long(),
@@ -174,10 +172,14 @@ def hugging_face_draws(model: Model, memory_BSD: Tensor, visible_BS: Tensor, rul
         top_k=0,
         top_p=1.0,
         eos_token_id=None,
-        logits_processor=LogitsProcessorList([] if mask is None else [mask]),
-        prefix_allowed_tokens_fn=function,
+        **_held(rule),
     )
     return found[:, 1:].view(len(memory_BSD), samples, rule.levels)
+
+
+def _held(rule: CsrMask | PrefixFunction) -> dict[str, Any]:
+    """The words by which `generate` is told of the rule."""
+    return {"logits_processor": LogitsProcessorList([rule])} if isinstance(rule, CsrMask) else {"prefix_allowed_tokens_fn": rule}
 
 
 class Static:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.peers_generate import CsrMask, Static, T5Steps, hugging_face, t5
+from benchmarks.peers_generate import CsrMask, PrefixFunction, Static, T5Steps, hugging_face, t5
 from oxyray.generate.beam import beam_search
 from oxyray.generate.pools import Legal
 from oxyray.model.head import Tree
@@ -28,6 +28,9 @@ def test_the_same_beams_as_hugging_face_t5(requests, beams, normalise):
         static = Static(index).search(T5Steps(model, memory_BSD, visible_BS, steps.tree), beams)
         torch.testing.assert_close(found.logprob_BK, static[1], atol=1e-4, rtol=0)
         check_sids(found, static[0], index)
+        codes_BKL, score_BK = hugging_face(model, memory_BSD, visible_BS, PrefixFunction(index), beams)
+        torch.testing.assert_close(found.logprob_BK, score_BK, atol=1e-4, rtol=0)
+        check_sids(found, codes_BKL, index)
 
 
 def check_sids(found, codes_BKL, index):
