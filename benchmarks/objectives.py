@@ -115,7 +115,7 @@ def figures(results: dict[str, Any], model: str) -> Figures:
     """Test metrics of one model, and what its slates are worth where that can be known."""
     found = entry(results, model, "all")
     assert found is not None
-    told: Figures = {name: found["metrics"][name] for name in METRICS}
+    told: Figures = {"requests": results["requests"]} | {name: found["metrics"][name] for name in METRICS}
     for row in (results.get("value") or {"table": []})["table"]:
         if row["model"] == model and row["scenario"] is None:
             told |= {"clicks": row["metrics"]["clicks"], "purchases": row["metrics"]["purchases"]}
@@ -123,13 +123,14 @@ def figures(results: dict[str, Any], model: str) -> Figures:
 
 
 def show(report: Report, found: dict[str, list[Figures]], part: str) -> None:
-    names = list(dict.fromkeys(name for each in found.values() for figure in each for name in figure))
+    requests = int(found[START][0]["requests"])
+    names = [name for name in dict.fromkeys(name for each in found.values() for figure in each for name in figure) if name != "requests"]
     rows: list[list[Cell]] = [
         [title, *(spread([figure[name] for figure in each if name in figure]) for name in names)] for title, each in found.items()
     ]
     seeds = len(report.seeds)
     about = f"mean over {seeds} seeds ± their standard deviation" if seeds > 1 else "one seed"
-    report.table(f"{part}: {about}; test split, as specified", ["", *names], rows)
+    report.table(f"{part}: {about}; {requests:,} test requests, as specified", ["", *names], rows)
 
     def mean(title: str, name: str) -> float:
         return statistics.fmean(figure[name] for figure in found[title])

@@ -93,23 +93,24 @@ def timeline(events: dict[str, Array], splits: tuple[int, ...] = (0, 1, 2)) -> T
     )
 
 
-def training_segments(time: Timeline, history: int, one_query: bool = False) -> Segments:
+def training_segments(time: Timeline, history: int, one_query: bool = False, most: int | None = None) -> Segments:
     """Segments that ask every event of the timeline once, each seeing up to `history` and, where the user has them, at least half as many
-    events.
+    events. None has more than `most` queries.
 
     With `one_query` each query has a segment of its own (needed by an encoder that is not causal).
     """
     if one_query:
         return request_segments(time, np.arange(len(time)), history)
     chunk = max(1, history // 2)
+    whole, part = (history + 1, chunk) if most is None else (min(history + 1, most), min(chunk, most))
     first = np.flatnonzero(np.diff(time.user_E, prepend=-1) != 0)
     count = np.diff(np.append(first, len(time)))
-    size_U = np.where(count <= history + 1, count, chunk)
+    size_U = np.where(count <= whole, count, part)
     place_E = np.arange(len(time)) - np.repeat(first, count)
     opens_E = place_E % np.repeat(size_U, count) == 0
     # A request that went on for long knows less than those around it: what would be too far back for a chunk begins another.
     step_E = np.diff(time.visible_E, prepend=0)
-    opens_E |= (place_E > 0) & (np.repeat(count > history + 1, count)) & ((step_E < 0) | (step_E > chunk))
+    opens_E |= (place_E > 0) & np.repeat(count > whole, count) & ((step_E < 0) | (step_E > chunk))
     query_start = np.flatnonzero(opens_E)
     query_end = np.append(query_start[1:], len(time))
     first_seen = time.user_start_E[query_start]

@@ -198,7 +198,7 @@ class SegmentStream:
 
     def _plan(self, segments: Segments, random: np.random.Generator) -> Iterator[Array]:
         """Rows of each step: segments of like length together (little padding), with noise so that no two epochs pair alike, steps
-        shuffled. A segment is never cut, so a step may hold more targets than asked for, and always holds some."""
+        shuffled. A segment is not cut any more, so a step may hold up to twice the targets asked for, and always holds some."""
         size = segments.query_length_B
         order = np.argsort(np.maximum(segments.length_B, size) * random.uniform(0.75, 1.3, len(size)), kind="stable")
         steps = self._steps_of(segments)
@@ -226,7 +226,7 @@ class SegmentStream:
             events = events | {"split": split_N}
         if self._which != "held_back":
             time = timeline(events, splits=(TRAIN,))
-            return time, training_segments(time, self.history, self.one_query)
+            return time, training_segments(time, self.history, self.one_query, most=self.targets_per_step)
         time = timeline(events, splits=(TRAIN, _HELD))
         return time, request_segments(time, np.flatnonzero(time.split_E == _HELD), self.history)
 

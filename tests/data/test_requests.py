@@ -30,15 +30,17 @@ def events(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(raw=events(), history=st.integers(1, 9))
-def test_no_input_is_later_than_its_target_nor_of_its_own_request(raw, history):
+@given(raw=events(), history=st.integers(1, 9), most=st.integers(1, 9))
+def test_no_input_is_later_than_its_target_nor_of_its_own_request(raw, history, most):
     time = timeline(raw)
     begin = {r: raw["time"][raw["request"] == r].min() for r in raw["request"]}
     end = {r: raw["time"][raw["request"] == r].max() for r in raw["request"]}
     request_of = dict(zip(raw["item"], raw["request"], strict=True))  # items are unique here: they name events
     time_of = dict(zip(raw["item"], raw["time"], strict=True))
     user_of = dict(zip(raw["item"], raw["user"], strict=True))
-    for segments in (training_segments(time, history), request_segments(time, np.arange(len(time)), history)):
+    short = training_segments(time, history, most=most)
+    assert short.query_length_B.max() <= most
+    for segments in (training_segments(time, history), short, request_segments(time, np.arange(len(time)), history)):
         asked = []
         for start, length, first, count in zip(
             segments.start_B, segments.length_B, segments.query_start_B, segments.query_length_B, strict=True
@@ -48,7 +50,7 @@ def test_no_input_is_later_than_its_target_nor_of_its_own_request(raw, history):
                 target = time.item_E[event]
                 asked.append(target)
                 visible = max(0, time.user_start_E[event] + time.visible_E[event] - start)
-                assert visible <= length
+                assert min((history + 1) // 2, time.visible_E[event]) <= visible <= length
                 for seen in time.item_E[start : start + visible]:
                     assert user_of[seen] == user_of[target]
                     assert request_of[seen] != request_of[target]
