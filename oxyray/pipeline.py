@@ -103,7 +103,7 @@ STAGES: tuple[Stage, ...] = (
         folder="fuse",
         reads=("prepare",),
         settings=("fuse", "sid.encoder", "sid.given"),
-        speed=_on_workers("fuse"),
+        speed=tuple(name for name in _on_workers("fuse") if name != "fuse.micro_batches"),  # a pair is compared within its micro-batch
         files=vector_files,
         wanted=lambda config: config.sid.vectors == "fused",
     ),

@@ -13,6 +13,7 @@ from oxyray.config import Config, ModelConfig, TrainConfig
 from oxyray.data.prepared import Prepared
 from oxyray.data.stream import Collator, ItemFeatures
 from oxyray.errors import CatalogueError, ConfigError, RunError
+from oxyray.files import read_json
 from oxyray.model.items import Vocab
 from oxyray.model.policy import Policy
 from oxyray.model.tables import TableSpec
@@ -29,6 +30,7 @@ class Inputs:
     catalog: Catalog
     text_IF: np.ndarray | None
     queries: QueryVectors | None = None
+    encoder: str = ""  # what made the texts' vectors, by a hash of its files
 
     @classmethod
     def load(cls, run: Run, version: str | None = None) -> Inputs:
@@ -44,7 +46,14 @@ class Inputs:
             raise RunError(f"{vectors} has {len(text_IF)} rows for {len(catalog)} items: run `oxyray sid` again")
         queries = QueryVectors.load(run)
         prepared.query_texts = None if queries is None else queries.text_W
-        return cls(prepared, catalog, text_IF, queries)
+        figures = run.path("sid", "quality.json")
+        encoder = read_json(figures).get("encoder", {}).get("identity", "") if figures.exists() else ""
+        return cls(prepared, catalog, text_IF, queries, encoder)
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """What a model that learns from these is trained with: all three must be the same where it is used."""
+        return {"catalogue": self.catalog.version, "data": self.prepared.meta.fingerprint, "encoder": self.encoder}
 
     @cached_property
     def features(self) -> ItemFeatures:

@@ -50,8 +50,7 @@ def about_model(config: ModelConfig, inputs: Inputs, **more: Any) -> dict[str, A
     return {
         "model": to_dict(config),
         "vocab": dataclasses.asdict(inputs.vocab),
-        "catalogue": inputs.catalog.version,
-        "data": inputs.prepared.meta.fingerprint,
+        **inputs.made_of,
         **more,
     }
 
@@ -64,13 +63,14 @@ def write_model(folder: Path, weights: Mapping[str, Tensor], about: dict[str, An
 
 
 def read_model(folder: Path, inputs: Inputs, device: torch.device | str = "cpu") -> tuple[Policy, PlainTables]:
-    """The policy in eval mode and its tables. Raises CatalogueError when it was trained with another catalogue or for other sizes, RunError
-    when a file is missing or damaged."""
+    """The policy in eval mode and its tables. Raises CatalogueError when it was trained with another catalogue, with texts of another
+    encoder or for other sizes, RunError when a file is missing or damaged."""
     about = read_json(folder / "model.json")
-    if about["catalogue"] != inputs.catalog.version:
-        raise CatalogueError(
-            f"{folder} was trained with catalogue {about['catalogue']}, the run holds {inputs.catalog.version}: run `oxyray pretrain` again"
-        )
+    for name, now in inputs.made_of.items():
+        if name == "data":  # newer events of the same shop are welcome
+            continue
+        if (was := about.get(name, now)) != now:
+            raise CatalogueError(f"{folder} was trained with {name} {was}, the run holds {now}: run `oxyray pretrain` again")
     vocab = Vocab(**(about["vocab"] | {name: tuple(about["vocab"][name]) for name in ("side", "profile")}))
     if vocab != inputs.vocab:
         wrong = [f.name for f in dataclasses.fields(Vocab) if getattr(vocab, f.name) != getattr(inputs.vocab, f.name)]

@@ -37,17 +37,16 @@ def write_ranker(folder: Path, config: RankerConfig, inputs: Inputs, weights: Ma
     """Write the dense weights and `model.json` into `folder` (the tables' file is written by whoever holds the tables)."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / "ranker.safetensors")
-    made_for = {"catalogue": inputs.catalog.version, "data": inputs.prepared.meta.fingerprint}
-    write_json(folder / "model.json", {"model": dataclasses.asdict(config), **made_for, **about})
+    write_json(folder / "model.json", {"model": dataclasses.asdict(config), **inputs.made_of, **about})
 
 
 def read_ranker(folder: Path, inputs: Inputs, device: torch.device | str = "cpu") -> tuple[Ranker, PlainTables]:
-    """The ranker in eval mode and its tables. Raises CatalogueError when it was trained on other data or another catalogue, RunError when
-    a file is missing or damaged."""
+    """The ranker in eval mode and its tables. Raises CatalogueError when it was trained on other data, with another catalogue or texts of
+    another encoder, RunError when a file is missing or damaged."""
     about = read_json(folder / "model.json")
-    for name, now in {"catalogue": inputs.catalog.version, "data": inputs.prepared.meta.fingerprint}.items():
-        if about[name] != now:
-            raise CatalogueError(f"{folder} was trained with {name} {about[name]}, the run holds {now}: run `oxyray rank` again")
+    for name, now in inputs.made_of.items():
+        if (was := about.get(name, now)) != now:
+            raise CatalogueError(f"{folder} was trained with {name} {was}, the run holds {now}: run `oxyray rank` again")
     ranker = Ranker(from_dict(RankerConfig, about["model"], "rank.model."), inputs.vocab)
     try:
         ranker.load_state_dict(load_file(folder / "ranker.safetensors"))

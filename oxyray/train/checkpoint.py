@@ -83,7 +83,8 @@ class Checkpoint:
 
 
 def save(folder: Path, engine: TrainEngine, meta: Mapping[str, Any], keep: int) -> Path:
-    """Write `folder/step_N`, then remove all but the `keep` newest. Collective.
+    """Write `folder/step_N`, then remove all but the `keep` newest. Those of later steps go too: the run went back behind them, as they
+    were of other settings or damaged. Collective.
 
     Raises RunError on every rank when any of them cannot write; what was there before stays.
     """
@@ -94,6 +95,7 @@ def save(folder: Path, engine: TrainEngine, meta: Mapping[str, Any], keep: int) 
             part.mkdir(parents=True)
     with _together(f"{final} could not be written"):
         pieces = _write_tables(part / f"tables.rank{engine.rank:05d}.safetensors", engine.tables)
+    with _together(f"{final} could not be written"):  # after all could write their tables: it gathers
         _write_dense(part / "dense.safetensors", engine)
     # Every rank has the same split, so rank 0 can tell the others' pieces from sizes alone; asking each is surer.
     gathered: list[Any] = [None] * engine.world
@@ -112,7 +114,8 @@ def save(folder: Path, engine: TrainEngine, meta: Mapping[str, Any], keep: int) 
             part.rename(final)
             _flush(folder)
             _remove(_aside(final))
-            for step in sorted(_steps(folder), reverse=True)[keep:]:
+            kept = sorted(step for step in _steps(folder) if step <= engine.step_count)[-keep:]
+            for step in set(_steps(folder)) - set(kept):
                 old = folder / f"step_{step:08d}"
                 _set_aside(old)
                 _remove(_aside(old))

@@ -31,7 +31,7 @@ class Course:
     def adopt(self, about: dict[str, Any], chosen_by: str) -> None:
         """Take over what `best/` tells of itself: a run that went back may have left there what its checkpoint does not know of."""
         if self.best is not None and about.get(chosen_by, self.best) > self.best:
-            self.best, self.best_step = about[chosen_by], about["step"]
+            self.best, self.best_step, self.without_gain = about[chosen_by], about["step"], 0
 
 
 def deciding(settings: CourseConfig) -> dict[str, Any]:

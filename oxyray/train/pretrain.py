@@ -43,7 +43,7 @@ class PolicyTask:
         return Inputs.load(self.run)
 
     def identity(self) -> dict[str, Any]:
-        data = {"catalogue": self.inputs.catalog.version, "data": self.inputs.prepared.meta.fingerprint}
+        data = self.inputs.made_of
         if self.config.model.retrieval.q2i:  # it compares requests with the others of their micro-batch
             data["micro_batches"] = str(self.settings.micro_batches)
         return {"model": to_dict(self.config.model), "train": deciding(self.settings), **data}

@@ -66,7 +66,7 @@ class RankTask:
 
     def identity(self) -> dict[str, Any]:
         settings = {name: value for name, value in deciding(self.settings).items() if name not in ("baselines", "eval_items")}
-        return {"rank": settings, "catalogue": self.inputs.catalog.version, "data": self.inputs.prepared.meta.fingerprint}
+        return {"rank": settings, **self.inputs.made_of}
 
     def module(self) -> Ranker:
         return Ranker(self.settings.model, self.inputs.vocab)
@@ -106,7 +106,8 @@ class Validation:
             taken = stretches(pages, settings.model.history, VALID)
             taken = taken.take(random.permutation(len(taken)))
             asked_B = np.cumsum(taken.stop_B - taken.asked_B)
-            taken = taken.take(np.arange(min(len(taken), 1 + int(np.searchsorted(asked_B, share)))))
+            enough = 1 + int(np.searchsorted(asked_B, share)) if share else 0
+            taken = taken.take(np.arange(min(len(taken), enough)))
             self.requests += int((taken.stop_B - taken.asked_B).sum())
             batches += packer.batches(pages, taken, settings.items_per_step)
         mine: list[RankBatch | None] = list(batches[rank::world])

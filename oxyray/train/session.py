@@ -105,6 +105,8 @@ class Session:
             found.load_tables(engine.tables)
             self.stream.load_state_dict(found.meta["position"])
             self.course = Course(**found.meta["course"])
+            if found.meta.get("eval_requests", self.settings.eval_requests) != self.settings.eval_requests:
+                self.course.best, self.course.without_gain = None, 0  # of another sample: not to be compared with
             if (self.folder / "best" / "model.json").exists():
                 self.course.adopt(read_json(self.folder / "best" / "model.json"), self.task.chosen_by)
             if found.meta["limits"] != limits(self.settings):
@@ -158,7 +160,7 @@ class Session:
         if self.course.best is None or reached > self.course.best:
             self.course.best, self.course.best_step, self.course.without_gain = reached, self.engine.step_count, 0
             self._export(found)
-        else:
+        elif self.course.validated_at > self.course.best_step:  # a run that went back comes upon its own best again, and what was before
             self.course.without_gain += 1
         return None
 
@@ -174,6 +176,7 @@ class Session:
         meta = {
             **self.task.identity(),
             "limits": limits(self.settings),
+            "eval_requests": self.settings.eval_requests,
             "position": self.stream.state_dict(),
             "course": asdict(self.course),
         }

@@ -172,10 +172,22 @@ def _shard(specs: Sequence[TableSpec], optim: OptimConfig, device: torch.device)
     apply_optimizer_in_backward(kind, module.parameters(), settings)
     sharder = EmbeddingCollectionSharder()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # workers on this machine: which device of it a rank has
+    if device.type == "cuda":
+        places: list[Any] = [None] * world
+        dist.all_gather_object(places, (here, torch.cuda.current_device()))
+        check_spread(places)
     plan = construct_module_sharding_plan(
         module, {spec.name: row_wise() for spec in specs}, sharder=sharder, local_size=here, world_size=world, device_type=device.type
     )
     return sharder.shard(module, plan, ShardingEnv.from_process_group(dist.group.WORLD), device=device)
+
+
+def check_spread(places: Sequence[tuple[int, int]]) -> None:
+    """`places`: each rank's (workers on its machine, device). TorchRec knows a rank's device by its number alone. Raises TrainingError."""
+    here = places[0][0]
+    if any(workers != here or device != rank % here for rank, (workers, device) in enumerate(places)):
+        told = ", ".join(str(workers) for workers, device in places if device == 0)
+        raise TrainingError(f"the machines have {told} workers: sharded tables need as many on each; use a number that all can have alike")
 
 
 def _features(ids: Mapping[str, Tensor]) -> Any:

@@ -103,8 +103,8 @@ def _pieces(config: Config, inputs: Inputs, limit: int) -> list[_Piece]:
     """The sample, in batches."""
     collate, size = inputs.collator(config.model, config.train), config.generate.requests_per_batch
     pieces = []
-    asked_S = inputs.target_weights(config.train).max(axis=0) > 0
-    for time, rows in _sample(inputs, asked_S, limit, config.train.seed):
+    asked_AS = inputs.target_weights(config.train) > 0
+    for time, rows in _sample(inputs, asked_AS, limit, config.train.seed):
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             batch = collate(time, request_segments(time, part, config.model.history), negative_N=collate.draw(config.train.seed, first))
@@ -112,13 +112,13 @@ def _pieces(config: Config, inputs: Inputs, limit: int) -> list[_Piece]:
     return pieces
 
 
-def _sample(inputs: Inputs, asked_S: np.ndarray, limit: int, seed: int) -> list[tuple[Timeline, np.ndarray]]:
-    """At most `limit` validation events of the scenarios that are asked, uniformly drawn over all parts: timelines and rows of them."""
+def _sample(inputs: Inputs, asked_AS: np.ndarray, limit: int, seed: int) -> list[tuple[Timeline, np.ndarray]]:
+    """At most `limit` validation events of the actions and scenarios that count, uniformly drawn over all parts: timelines and rows."""
     prepared = inputs.prepared
     counts = []
     for part in range(prepared.parts):
-        rows = prepared.events(part, ["split", "scenario"])
-        counts.append(int(((rows["split"] == 1) & asked_S[rows["scenario"]]).sum()))
+        rows = prepared.events(part, ["split", "action", "scenario"])
+        counts.append(int(((rows["split"] == 1) & asked_AS[rows["action"], rows["scenario"]]).sum()))
     chosen = np.random.default_rng(seed).permutation(sum(counts))[:limit]
     sample, first = [], 0
     for part, count in enumerate(counts):
@@ -126,5 +126,6 @@ def _sample(inputs: Inputs, asked_S: np.ndarray, limit: int, seed: int) -> list[
         first += count
         if len(here):
             time = timeline(prepared.events(part), splits=(0, 1))
-            sample.append(time.of_rows(np.flatnonzero((time.split_E == 1) & asked_S[time.scenario_E])[here]))
+            asked_E = (time.split_E == 1) & asked_AS[time.action_E, time.scenario_E]
+            sample.append(time.of_rows(np.flatnonzero(asked_E)[here]))
     return sample

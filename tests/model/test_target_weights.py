@@ -55,6 +55,17 @@ def test_scenarios_that_weigh_nothing_are_not_validated_on(shop: tuple[Config, I
     assert {int(scenario) for piece in alone._pieces if piece for scenario in piece.batch.scenario_Q} == {cart}
 
 
+def test_actions_that_weigh_nothing_are_not_validated_on(shop: tuple[Config, Inputs]) -> None:
+    config, inputs = shop
+    actions = inputs.prepared.meta.actions
+    kept = inputs.prepared.events(0)["action"][0]
+    weights = {name: float(number == kept) for number, name in enumerate(actions)}
+    alone = Validation(dataclasses.replace(config, train=dataclasses.replace(config.train, action_weights=weights)), inputs, 0, 1, 1000)
+    assert 0 < alone.requests < Validation(config, inputs, 0, 1, 1000).requests
+    assert {int(action) for piece in alone._pieces if piece for action in piece.batch.action_Q} == {kept}
+    assert all((piece.batch.weight_Q > 0).all() for piece in alone._pieces if piece)
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [

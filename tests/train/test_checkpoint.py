@@ -82,11 +82,49 @@ def go_on(folder: str, shift: int) -> dict[str, Any]:
 
 
 def second_visit(two: str, one: str) -> dict[str, Any]:
-    return {"same": go_on(two, 0), "grown": go_on(one, 0), "stages": go_on(two, 1)}
+    full = disk_full_on_one(Path(two) / "full")
+    return {"same": go_on(two, 0), "grown": go_on(one, 0), "stages": go_on(two, 1), "full": full}
 
 
 def first_visit(two: str, one: str) -> dict[str, Any]:
-    return {"fresh": begin(one), "shrunk": go_on(two, 0), "same": go_on(one, 0), "faults": faults(Path(one) / "faults")}
+    return {"fresh": begin(one), "shrunk": go_on(two, 0), "same": go_on(one, 0), "faults": faults(Path(one) / "faults"),
+            "behind": behind_others(Path(one) / "behind")}  # fmt: skip
+
+
+def disk_full_on_one(folder: Path) -> dict[str, Any]:
+    """One rank cannot write its tables: all must hear of it, and none may wait for the others in a gathering that these never enter."""
+    engine = engine_for(1)
+    checkpoint.save(folder, engine, {}, keep=1)
+    real, told = checkpoint.save_file, ""
+
+    def full(tensors: Any, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    advance(engine, 1)
+    checkpoint.save_file = full if dist.get_rank() else real
+    try:
+        checkpoint.save(folder, engine, {}, keep=1)
+    except RunError as error:
+        told = str(error)
+    checkpoint.save_file = real
+    last = checkpoint.latest(folder)
+    engine.close()
+    return {"told": told, "kept": last.step if last else -1}
+
+
+def behind_others(folder: Path) -> int:
+    """The newest checkpoint after a run that begins anew in a folder with damaged ones of later steps."""
+    for step in (400, 500):
+        (folder / f"step_{step:08d}").mkdir(parents=True)
+    engine = engine_for(1)
+    advance(engine, 1)
+    made = checkpoint.save(folder, engine, {}, keep=2)
+    advance(engine, 2)
+    checkpoint.save(folder, engine, {}, keep=2)
+    assert made.is_dir()
+    last = checkpoint.latest(folder)
+    engine.close()
+    return last.step if last else -1
 
 
 class Killed(BaseException):
@@ -188,6 +226,15 @@ def test_death_or_full_disk_while_saving_loses_nothing(results: Any) -> None:
     assert found["steps"] == sorted(found["steps"])
     assert "no space left" in found["message"]
     assert found["kept"] == 2
+
+
+def test_a_full_disk_of_one_worker_is_told_by_all(results: Any) -> None:
+    assert "worker 1: no space left" in results["again"]["full"]["told"]
+    assert results["again"]["full"]["kept"] == 0
+
+
+def test_what_lies_ahead_of_a_run_does_not_crowd_out_its_own(results: Any) -> None:
+    assert results["one"]["behind"] == 2
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
