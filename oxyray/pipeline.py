@@ -225,35 +225,39 @@ def need_earlier(name: str, config: Config, stages: Sequence[Stage] = STAGES) ->
     _need_earlier(_named(name, stages), config, Run(config.run_dir), stages)
 
 
-def borrow(base: Run, run: Run, config: Config, name: str, stages: Sequence[Stage] = STAGES) -> list[str]:
-    """Link into `run` what `base` holds, what fits `config`, and what `name` (a stage, or `run`) would otherwise make or miss. Gives the
-    names.
+def borrow(base: Run, run: Run, config: Config, name: str, stages: Sequence[Stage] = STAGES, used: bool = True) -> list[str]:
+    """Link into `run` what `base` holds, what fits `config`, and what `name` (a stage, or `run`) would otherwise make or miss; without
+    what it merely uses where not `used`. Gives the names.
 
     A sweep's jobs share prepared data and semantic IDs this way, or a whole policy. A stage that a job makes anew replaces the job's link,
-    never the base's files.
+    never the base's files; a link that no longer fits is renewed.
     """
-    wanted = [stage.name for stage in stages] if name == "run" else [*_before(name, stages), *([] if config.force else [name])]
+    wanted = [stage.name for stage in stages] if name == "run" else [*_before(name, stages, used), *([] if config.force else [name])]
     borrowed: list[str] = []
     if run.folder == base.folder or (config.force and name == "run"):
         return borrowed
     for stage in (_named(each, stages) for each in wanted):
         same_ground = all(_made(earlier, run) == _made(earlier, base) for earlier in stage.reads)
-        fits = same_ground and why_stale(stage, config, base) is None
-        if not fits or _stamp_path(stage.name, run).exists():
+        if not same_ground or why_stale(stage, config, run) is None or why_stale(stage, config, base) is not None:
             continue
-        for folder in (stage.folder, *stage.beside):
-            if base.path(folder).exists() and not run.path(folder).exists():
-                run.folder.mkdir(parents=True, exist_ok=True)
+        folders = (stage.folder, *stage.beside)
+        if any(run.path(folder).exists() and not run.path(folder).is_symlink() for folder in folders):
+            continue  # its own work, finished with other settings or not finished
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for folder in folders:
+            run.path(folder).unlink(missing_ok=True)
+            if base.path(folder).exists():
                 run.path(folder).symlink_to(base.path(folder))
-        write_json(_stamp_path(stage.name, run), read_json(_stamp_path(stage.name, base)))
+        write_json(run.stamp(stage.name), read_json(base.stamp(stage.name)))
         borrowed.append(stage.name)
     return borrowed
 
 
-def _before(name: str, stages: Sequence[Stage]) -> list[str]:
-    """The stages that this one reads, and that these read, in order."""
-    reads = _named(name, stages).reads
-    needed = {*reads, *(earlier for each in reads for earlier in _before(each, stages))}
+def _before(name: str, stages: Sequence[Stage], used: bool) -> list[str]:
+    """The stages that this one reads (and uses), and that these read, in order."""
+    stage = _named(name, stages)
+    reads = stage.reads + (stage.uses if used else ())
+    needed = {*reads, *(earlier for each in reads for earlier in _before(each, stages, False))}
     return [stage.name for stage in stages if stage.name in needed]
 
 
@@ -300,7 +304,7 @@ def _run(stage: Stage, config: Config, run: Run, stages: Sequence[Stage], counte
     seconds = round(time.time() - started, 2)
     if not run.path(stage.folder).exists():
         raise RunError(f"stage {stage.name} ended without writing {run.path(stage.folder)}: this is a bug of that stage")
-    write_json(_stamp_path(stage.name, run), stamp | {"made": uuid.uuid4().hex, "finished": round(time.time(), 3), "seconds": seconds})
+    write_json(run.stamp(stage.name), stamp | {"made": uuid.uuid4().hex, "finished": round(time.time(), 3), "seconds": seconds})
     run.log(stage.name, {"stage_seconds": seconds})
     say(f"{counter}{stage.name}: done in {_span(seconds)}, in {run.path(stage.folder)}")
 
@@ -330,12 +334,8 @@ def _named(name: str, stages: Sequence[Stage]) -> Stage:
     raise ConfigError(f"{name}: no such stage; there are {', '.join(stage.name for stage in stages)}")
 
 
-def _stamp_path(name: str, run: Run) -> Path:
-    return run.path("stages", f"{name}.json")
-
-
 def _stamp(stage: Stage, run: Run) -> dict[str, Any] | None:
-    path = _stamp_path(stage.name, run)
+    path = run.stamp(stage.name)
     if not path.is_file():
         return None
     stamp = read_json(path)
@@ -343,7 +343,7 @@ def _stamp(stage: Stage, run: Run) -> dict[str, Any] | None:
 
 
 def _made(name: str, run: Run) -> str | None:
-    path = _stamp_path(name, run)
+    path = run.stamp(name)
     return read_json(path).get("made") if path.is_file() else None
 
 

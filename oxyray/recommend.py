@@ -156,7 +156,7 @@ class Recommender:
             folder = encoder_folder(self._encoder_name)
             if self._encoder_identity not in (None, encoder_identity(folder)):
                 raise CatalogueError(
-                    f"{folder} is not the encoder that read the shop's queries: bring that back, or run `oxyray sid` again"
+                    f"{folder} is not the encoder that read the shop's queries: bring that back, or run `oxyray run force=true`"
                 )
             self._encoder = TextEncoder(folder)
         return self._encoder

@@ -13,7 +13,7 @@ import yaml
 
 from oxyray.config import Config, from_dict, to_dict
 from oxyray.errors import RunError
-from oxyray.files import whole, write_json
+from oxyray.files import read_json, whole, write_json
 
 _PACKAGES = (
     *("oxyray", "torch", "ray", "deepspeed", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu"),
@@ -61,8 +61,12 @@ class Run:
             part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
         return self.path(name)
 
-    def config(self) -> Config:
-        """The configuration that the latest stage ran with.
+    def stamp(self, stage: str) -> Path:
+        """What a finished stage leaves: see `oxyray.pipeline`."""
+        return self.path("stages", f"{stage}.json")
+
+    def config(self, *made: str) -> Config:
+        """The configuration that the latest stage ran with, and for the stages `made` what decided their results when they were made.
 
         Raises RunError when the folder holds no run, ConfigError when it is not valid.
         """
@@ -75,7 +79,15 @@ class Run:
             values = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
             raise RunError(f"{path} is not valid YAML ({str(error).splitlines()[0]}): run a stage again to write it anew") from None
-        return from_dict(Config, values if isinstance(values, dict) else {})
+        values = values if isinstance(values, dict) else {}
+        for stamp in (self.stamp(stage) for stage in made):
+            for key, value in read_json(stamp)["settings"].items() if stamp.is_file() else ():
+                *above, last = key.split(".")
+                place = values
+                for part in above:
+                    place = place.setdefault(part, {})
+                place[last] = value
+        return from_dict(Config, values)
 
     def write_versions(self) -> None:
         write_json(self.path("versions.json"), versions())

@@ -95,6 +95,18 @@ def test_an_experiment_is_taken_with_its_data_and_yields_to_the_command_line(tmp
     assert mine("debug=overfit").model.dropout == 0.0
 
 
+def test_a_mapping_that_is_given_whole_replaces_the_one_that_was_there() -> None:
+    made = compose_config(check(["data=mall", "fuse=sources", "fuse.rates={peers: 1.0}", "reward.weights={default: {format: 1.0}}"]))
+    assert made.fuse.rates == {"peers": 1.0}
+    assert made.reward.weights == {"default": {"format": 1.0}}
+    assert compose_config(check(["data=mall", "reward.weights.default.format=3.0"])).reward.weights["default"]["format"] == 3.0
+    for choice in choices()["ablation"]:
+        if choice.startswith(("tokenizer_", "sources_")):
+            alone, beside = (compose_config(check(["data=mall", f"ablation={choice}", f"fuse={fuse}"])) for fuse in ("swing", "sources"))
+            if alone.sid.vectors == "fused":
+                assert {k: v for k, v in alone.fuse.rates.items() if v} == {k: v for k, v in beside.fuse.rates.items() if v}, choice
+
+
 def test_the_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference(), (
         "write it anew: python -m oxyray.cli.help > docs/configuration.md"

@@ -322,6 +322,35 @@ def test_a_stage_that_writes_in_place_does_not_write_into_the_base(shop: Shop) -
     assert [path.name for path in job.path("grown").iterdir()] == ["128"]
 
 
+def test_a_job_borrows_anew_what_has_moved_or_no_longer_fits_and_never_stamps_unfinished_work(shop: Shop) -> None:
+    base, stages = config_of(shop.folder), shop.stages()
+    shop.run(base)
+    job = replace(base, run_dir=str(shop.folder / "job"))
+    lender, taker = Run(base.run_dir), Run(job.run_dir)
+    taker.path("learn").mkdir(parents=True)  # begun and not finished
+    assert borrow(lender, taker, job, "run", stages) == ["read", "code"]
+    assert not taker.stamp("learn").exists()
+    run_one("read", replace(base, force=True), stages)
+    run_all(base, stages)
+    assert borrow(lender, taker, job, "learn", stages) == ["read", "code"], "links of before are renewed"
+    moved = lender.folder.rename(shop.folder / "moved")
+    assert why_stale(stages[0], job, taker) == "not made yet"
+    assert borrow(Run(moved), taker, job, "learn", stages) == ["read", "code"]
+    shop.ran.clear()
+    run_one("learn", job, stages)
+    assert shop.ran == ["learn"]
+    assert borrow(Run(moved), taker, replace(job, model=ModelConfig(width=128)), "learn", stages) == []
+
+
+def test_a_job_borrows_what_its_stage_uses_unless_that_is_not_wanted(shop: Shop) -> None:
+    measure = Stage(name="measure", about="d", work=shop.work("measure", shop.code), folder="measure", reads=("code",), uses=("learn",))
+    base, stages = config_of(shop.folder), (*shop.stages(), measure)
+    run_all(base, stages)
+    force = replace(base, force=True)
+    assert borrow(Run(base.run_dir), Run(shop.folder / "one"), force, "measure", stages) == ["read", "code", "learn"]
+    assert borrow(Run(base.run_dir), Run(shop.folder / "two"), force, "measure", stages, used=False) == ["read", "code"]
+
+
 def test_a_job_borrows_nothing_that_stands_on_what_does_not_fit(shop: Shop) -> None:
     base, stages = config_of(shop.folder), shop.stages()
     shop.run(base)

@@ -43,6 +43,16 @@ def test_each_job_has_its_own_run_and_takes_what_fits_from_the_base(tmp_path: Pa
     done = oxyray("run", "-m", "--dry-run", "seed=1,2", *SMALL, f"run_dir={tmp_path}/base", f"hydra.sweep.dir={tmp_path}/dry", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [job["words"] for job in jobs(tmp_path / "dry")] == ["seed=1", "seed=2"]
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    (tmp_path / "mine" / "data" / "bookshop.yaml").write_text("name: bookshop\nsource: mall\nsplit: time\nmall: {size: tiny}\n")
+    mine = ["data=bookshop", f"--config-dir={tmp_path}/mine", *SMALL[1:], f"run_dir={tmp_path}/base", f"hydra.sweep.dir={tmp_path}/own"]
+    done = oxyray(
+        "sid", "-m", "--dry-run", "sid.iterations=2,3", *SMALL, f"run_dir={tmp_path}/base", f"hydra.sweep.dir={tmp_path}/sid", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("sid: would run") == 2
+    done = oxyray("run", "-m", "--dry-run", "seed=1,2", *mine, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
     done = oxyray("prepare", "-m", "data.core=0,2", *SMALL, f"run_dir={tmp_path}/base", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = tmp_path.glob("multirun/*/*")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from oxyray.align.requests import Requests
 from oxyray.cluster.publish import Open, Reader, TableReader
@@ -116,7 +117,8 @@ class Rollout:
         steps = PolicySteps.begin(self.policy, batch, rows, shelf)
         begun = steps.decoding.fork()
         torch.manual_seed(hash((settings.seed, step, piece)) % 2**63)
-        leaf_BG = self._candidates(steps, legal)
+        found_BG = self._candidates(steps, legal)  # as wide as the largest pool of the piece
+        leaf_BG = F.pad(found_BG, (0, settings.group - found_BG.shape[1]), value=-1)
         path_BJL = paths(self.inputs, leaf_BG.cpu(), self.requests.taken(step, piece)).to(self.device)
         behaviour_BJL = path_logprob(self.policy, begun, path_BJL, legal, settings.temperature).cpu().numpy()
         reference_BJL = None if self._reference is None else self._by_reference(batch, path_BJL, legal)

@@ -79,7 +79,7 @@ def ablate(table: str, overrides: Sequence[str], config_dir: Path | None = None,
     shares = "hydra/launcher=ray" not in shared  # jobs one after the other; else the launcher has a Ray of its own
     with one_ray(config.processes) if shares else nullcontext():
         stages = ("fuse", "sid", "pretrain", "evaluate") if table in CODES else ("pretrain", "evaluate")
-        failed = max([sweep(stage, swept) for stage in stages])
+        failed = max([sweep(stage, swept, used=False) for stage in stages])  # of a row that is the base's own policy, not as it was aligned
     variants = axes["ablation"].split(",")
     rows = collected(folder, table, variants)
     (folder / "table.md").write_text(markdown(table, rows))

@@ -181,6 +181,8 @@ def _sid(command: Command) -> None:
     if verb not in VERBS and not command.report:
         raise ConfigError(f"sid {verb}: expected {' or '.join(VERBS)}, or settings (key=value) of the stage")
     place = [word for word in command.overrides if word.partition("=")[0] in ("run_dir", "data")]
+    if loose := [word for word in command.overrides if "=" not in word]:
+        raise ConfigError(f"{loose[0]}: expected key=value, without spaces between several: item=ID,ID")
     asked = dict(word.split("=", 1) for word in command.overrides if word not in place)
     run = Run(compose_values(check(place, config_dir=command.config_dir), missing_ok=True)["run_dir"])
     command.run_dir = str(run.folder)

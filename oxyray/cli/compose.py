@@ -74,7 +74,7 @@ def check(overrides: Sequence[str], *, sweep: bool = False, config_dir: Path | N
         if short and key in short:
             raw[short[key]] = value
         else:
-            values.append(_check_one(word, sweep, known))
+            values += _check_one(word, sweep, known)
     if config_dir is not None:
         values.append(f"hydra.searchpath=[file://{config_dir.resolve()}]")
     return Words(tuple(values), raw, config_dir)
@@ -139,7 +139,7 @@ def parse(words: Sequence[str]) -> list[Override]:
         return list(OverridesParser.create().parse_overrides(list(words)))
 
 
-def _check_one(word: str, sweep: bool, known_choices: dict[str, list[str]]) -> str:
+def _check_one(word: str, sweep: bool, known_choices: dict[str, list[str]]) -> list[str]:
     """One override in the form that Hydra takes, or ConfigError."""
     if "=" not in word and not word.startswith("~"):
         raise ConfigError(f"{word}: expected key=value, as in model.width=64 or data=mall")
@@ -157,10 +157,12 @@ def _check_one(word: str, sweep: bool, known_choices: dict[str, list[str]]) -> s
     if not override.is_sweep_override():
         refuse_code(override.value(), f"{key}.")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-        return _check_hydra(word, key, sweep)
+        return [_check_hydra(word, key, sweep)]
     if key in known_choices:
-        return _check_choice(word, override, known_choices[key])
-    return _check_key(word, override)
+        return [_check_choice(word, override, known_choices[key])]
+    checked = _check_key(word, override)
+    whole = not override.is_sweep_override() and isinstance(override.value(), dict)
+    return [f"++{key}=null", checked] if whole else [checked]  # else Hydra would add to the mapping that is there
 
 
 def _check_hydra(word: str, key: str, sweep: bool) -> str:

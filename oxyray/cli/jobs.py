@@ -27,7 +27,8 @@ _POLL_S = 10.0
 class Job:
     """`words` are the overrides that the job does not share with the others, `values` its composed configuration.
 
-    The `run_dir` in `values` is the sweep's base run; the job's own run folder is `folder`.
+    The `run_dir` in `values` is the sweep's base run; the job's own run folder is `folder`. What the stage merely uses, as evaluation uses
+    alignment, is taken from others where `used`.
     """
 
     number: int
@@ -36,6 +37,7 @@ class Job:
     values: dict[str, Any]
     folder: str
     dry_run: bool = False
+    used: bool = True
 
     def config(self) -> Config:
         return from_dict(Config, {**self.values, "run_dir": self.folder})
@@ -56,10 +58,10 @@ def run_job(job: Job) -> Outcome:
     outcome = Outcome(number=job.number, words=job.words, folder=job.folder, seconds=0.0)
     try:
         config = job.config()
+        base = Path(job.values["run_dir"])
+        for holder in (base, *_beside(job.folder, base)):
+            pipeline.borrow(Run(holder), Run(job.folder), config, job.stage, used=job.used)
         if not job.dry_run:
-            base = Path(job.values["run_dir"])
-            for holder in (base, *_beside(job.folder, base)):
-                pipeline.borrow(Run(holder), Run(job.folder), config, job.stage)
             Run(job.folder).write_config(config)  # also where all is borrowed, and no stage writes it
         (rehearse if job.dry_run else perform)(job.stage, config)
     except Stopped:

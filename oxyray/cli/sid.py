@@ -40,12 +40,16 @@ def encode(run: Run, file: Path, out: Path | None) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from oxyray.sid.encoder import TEXT_COLUMNS, titled
     from oxyray.sid.tokenizer import ENOUGH, Tokenizer
 
-    items = read_items(file)
-    encoded = Tokenizer.load(run.folder).encode(items)
+    items, tokenizer = read_items(file), Tokenizer.load(run.folder)
+    if tokenizer.reads_texts and not set(TEXT_COLUMNS) & set(items.column_names):
+        raise DataError(f"items={file}: no text to read: it needs one or more of the columns {', '.join(TEXT_COLUMNS)}")
+    items = titled(items)
+    encoded = tokenizer.encode(items)
     ids = items["item_id"].to_pylist()
-    titles = items["title"].to_pylist() if "title" in items.column_names else [""] * len(ids)
+    titles = items["title"].to_pylist()
     _show(ids, encoded.codes_NL, titles)
     print(encoded.drift or f"drift: not known, as fewer than {ENOUGH} items were held out when these semantic IDs were made (sid.held_out)")
     if out is not None:
@@ -84,14 +88,19 @@ def read_items(file: Path) -> pa.Table:
     import pyarrow.csv as pc_csv
     import pyarrow.parquet as pq
 
+    from oxyray.sid.encoder import TEXT_COLUMNS
+
     try:
-        words = pc_csv.ConvertOptions(column_types={"item_id": pa.string()})  # 0012345 is no number
+        words = pc_csv.ConvertOptions(column_types=dict.fromkeys(("item_id", *TEXT_COLUMNS), pa.string()))  # 0012345 is no number
         table = pc_csv.read_csv(file, convert_options=words) if file.suffix.lower() == ".csv" else pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"items={file}: cannot be read ({str(error).splitlines()[0]})") from None
     if "item_id" not in table.column_names:
         raise DataError(f"items={file}: no column item_id; it has {', '.join(table.column_names)}")
-    return table.set_column(table.column_names.index("item_id"), "item_id", table["item_id"].cast(pa.large_string()))
+    for name in ("item_id", *TEXT_COLUMNS):
+        if name in table.column_names:
+            table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.large_string()))
+    return table
 
 
 def _show(ids: Sequence[str], codes_NL: np.ndarray, titles: Sequence[str | None]) -> None:

@@ -27,8 +27,8 @@ from oxyray.files import write_json
 class SweepTask:
     """Hydra's task function. A launcher calls it, or takes `job` and runs the job elsewhere."""
 
-    def __init__(self, stage: str, dry_run: bool, swept: set[str]) -> None:
-        self.stage, self.dry_run, self.swept = stage, dry_run, swept
+    def __init__(self, stage: str, dry_run: bool, swept: set[str], used: bool) -> None:
+        self.stage, self.dry_run, self.swept, self.used = stage, dry_run, swept, used
         self.stopped: Stopped | None = None  # by SIGTERM: Hydra would go on with the next job
 
     def __call__(self, config: DictConfig) -> Outcome:
@@ -52,24 +52,26 @@ class SweepTask:
         plain["run_dir"] = str(Path(plain["run_dir"]).expanduser().absolute())  # a job may run in another folder, or on another machine
         words = _only(hydra.overrides.task, self.swept)
         folder = Path(hydra.sweep.dir).absolute() / str(hydra.sweep.subdir)
-        return Job(number=hydra.job.num, stage=self.stage, words=words, values=plain, folder=str(folder), dry_run=self.dry_run)
+        place = str(folder)
+        return Job(number=hydra.job.num, stage=self.stage, words=words, values=plain, folder=place, dry_run=self.dry_run, used=self.used)
 
 
-def sweep(stage: str, words: Words, dry_run: bool = False) -> int:
-    """Run the sweep; gives the exit code: 0 when every job went well. Raises ConfigError before any job starts when one cannot work,
-    Stopped after SIGTERM."""
+def sweep(stage: str, words: Words, dry_run: bool = False, used: bool = True) -> int:
+    """Run the sweep; gives the exit code: 0 when every job went well. `used`: see `Job`. Raises ConfigError before any job starts when one
+    cannot work, Stopped after SIGTERM."""
+    places = [word for word in words.values if word.startswith("hydra.searchpath=")]
     overrides = parse([word for word in words.values if not word.startswith(("hydra.", "hydra/"))])
     swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     combinations = _combinations(overrides)
     for number, job_words in enumerate(combinations):
         try:
-            compose_config(Words(tuple(job_words), {}, words.config_dir))
+            compose_config(Words((*job_words, *places), {}, words.config_dir))
         except ConfigError as error:
             raise ConfigError(f"job {number} ({_only(job_words, swept)}): {error}") from None
     with hydra_here(), translated():
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        task = SweepTask(stage, dry_run, swept)
+        task = SweepTask(stage, dry_run, swept, used)
         returns = hydra.multirun("config", task, list(words.values), with_log_configuration=False)
     code = _end([job_return.return_value for batch in returns for job_return in batch])
     if task.stopped is not None:

@@ -105,7 +105,7 @@ class Fleet:
 
     def collect(self, keys: Iterable[Hashable], what: str) -> list[Any]:
         """The answers of these jobs, in order; each is given once. Raises a job's own error, ClusterError when too many members died or
-        nothing came for `seconds`."""
+        nothing came for three times `seconds`."""
         wanted = list(keys)
         last, progress = time.monotonic(), len(self._done)
         while any(key not in self._done for key in wanted):

@@ -5,6 +5,7 @@ A `Plan` is plain data and needs no Ray. Shares of a GPU are for memory's sake: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from oxyray.errors import ClusterError
 
 Bundle = dict[str, float]
+_UNITS = 10_000  # Ray counts resources in fractions of so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ def colocated(learners: int, rollouts: int, judges: int, gpu: bool) -> Plan:
     places = {"learner": list(range(learners)), "rollout": list(range(rollouts)), "judge": [n % size for n in range(judges)]}
     cpus = [float(sum(place.count(bundle) for place in places.values())) for bundle in range(size)]
     bundles = [{"CPU": cpu} | ({"GPU": 1.0} if gpu else {}) for cpu in cpus]
-    per_judge = 0.1 / -(-judges // size)
+    per_judge = _share(0.1, -(-judges // size))
     return Plan(bundles=bundles, places=places, gpus={"learner": 0.5, "rollout": 0.4, "judge": per_judge} if gpu else {})
 
 
@@ -44,8 +46,13 @@ def split(learners: int, rollouts: int, judges: int, gpu: bool) -> Plan:
     }
     cpus = [float(sum(place.count(bundle) for place in places.values())) for bundle in range(learners + rollouts)]
     bundles = [{"CPU": cpu} | ({"GPU": 1.0} if gpu else {}) for cpu in cpus]
-    per_judge = 0.2 / -(-judges // rollouts)
+    per_judge = _share(0.2, -(-judges // rollouts))
     return Plan(bundles=bundles, places=places, gpus={"learner": 1.0, "rollout": 0.8, "judge": per_judge} if gpu else {})
+
+
+def _share(of: float, processes: int) -> float:
+    """What each of them gets, rounded down to what Ray counts in: it would round to the nearest, and find no room for the last one."""
+    return math.floor(round(of * _UNITS) / processes) / _UNITS
 
 
 @contextmanager

@@ -211,9 +211,10 @@ def clear_dead(folder: Path) -> list[str]:
 
 
 def sweep(tables: Path) -> None:
-    """Remove what killed commands of the same run left on this node: folders beside `tables` (NAME-NUMBER) whose writers are gone."""
+    """Remove what killed commands of the same run left on this node, folders beside `tables` (NAME-NUMBER) whose writers are gone, and
+    what learners left there that died in this one."""
     for left in tables.parent.glob(f"{tables.name.rpartition('-')[0]}-*"):
-        for folder in sorted(left.glob("**/"), reverse=True) if left != tables else []:
+        for folder in sorted(left.glob("**/"), reverse=True):
             clear_dead(folder)
             with suppress(OSError):  # not empty: a writer lives
                 folder.rmdir()

@@ -114,7 +114,7 @@ def _about(run: Run) -> tuple[dict[str, str], str, list[tuple[str, str, str]]]:
     config = run.path("config.yaml").read_text() if run.path("config.yaml").exists() else ""
     stages = []
     for name in _STAGES:
-        stamp = read_json(run.path("stages", f"{name}.json")) if run.path("stages", f"{name}.json").exists() else {}
+        stamp = read_json(run.stamp(name)) if run.stamp(name).exists() else {}
         if {"finished", "seconds"} <= stamp.keys():
             ended = datetime.fromtimestamp(stamp["finished"], UTC).strftime("%d %b %Y, %H:%M UTC")
             stages.append((name, ended, f"{stamp['seconds']:,.0f} s"))

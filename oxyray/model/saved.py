@@ -37,7 +37,7 @@ def model_folder(run: Run, aligned: bool = True) -> Path:
 
 def _aligned_since(run: Run) -> bool:
     """By the stages' stamps, which a copy of the run keeps; by the files' times only where it has none."""
-    stamps = [run.path("stages", f"{stage}.json") for stage in ("pretrain", "align")]
+    stamps = [run.stamp(stage) for stage in ("pretrain", "align")]
     if all(stamp.is_file() for stamp in stamps):
         pretrain, align = map(read_json, stamps)
         return bool(align["inputs"]["pretrain"] == pretrain["made"])

@@ -211,7 +211,29 @@ def _over(prepared: Prepared, user_R: Array, time_R: Array, size_R: Array, item_
     found_A[found_A] = key[at_E[place_A[found_A]]] == key[at_A[found_A]]
     over_R = time_R.copy()
     np.maximum.at(over_R, page_A[order[at_A[found_A]]], column["time"][order[at_E[place_A[found_A]]]])
+    # Of an item's actions in a request the data keep the strongest: a click may stand in the events as a purchase.
+    lost_A = order[at_A[~found_A]]
+    for action in np.unique(asked["action"][lost_A]):
+        these_A, stronger = lost_A[asked["action"][lost_A] == action], event["action"] > action
+        served = _next({name: asked[name][these_A] for name in names}, {name: event[name][stronger] for name in names})
+        np.maximum.at(over_R, page_A[these_A], served)
     return over_R
+
+
+def _next(asked: dict[str, Array], event: dict[str, Array]) -> Array:
+    """The time of the user's next event on the item; the asked time itself where there is none."""
+    user, item, time = (np.concatenate([asked[name], event[name]]) for name in ("user", "item", "time"))
+    is_event = np.arange(len(time)) >= len(asked["time"])
+    order = np.lexsort((is_event, time, item, user))
+    group = np.cumsum(run_starts(user[order], item[order]))
+    place = np.where(is_event[order], np.arange(len(order)), len(order))
+    next_place = np.minimum.accumulate(place[::-1])[::-1]
+    at_A = np.flatnonzero(~is_event[order])
+    found_A = next_place[at_A].clip(max=len(order) - 1)
+    known_A = (next_place[at_A] < len(order)) & (group[found_A] == group[at_A])
+    time_A = asked["time"].copy()
+    time_A[order[at_A[known_A]]] = time[order[found_A[known_A]]]
+    return time_A
 
 
 def _requests(events: dict[str, Array], user_R: Array, request_R: Array) -> tuple[Array, Array]:

@@ -126,15 +126,17 @@ class RewardService:
         return self.log.pages(int(part_B[0]))
 
     def _queries(self, pages: Pages, asked: Asked) -> Array | None:
-        """The query vector of each request, a row of NaN for none; None where nothing is known of any."""
+        """The query vector of each request, a row of NaN for none, by the user's latest page in its scenario that was open then; None where
+        nothing is known of any."""
         if asked.query_BF is not None or pages.query_WF is None:
             return asked.query_BF
         query_BF = np.full((len(asked.user_B), pages.query_WF.shape[1]), np.nan, dtype=np.float32)
         first_B, end_B = np.searchsorted(pages.user_R, asked.user_B), np.searchsorted(pages.user_R, asked.user_B, side="right")
         for b, (first, end) in enumerate(zip(first_B, end_B, strict=True)):
-            here = np.flatnonzero((pages.time_R[first:end] == asked.time_B[b]) & (pages.query_R[first:end] >= 0))
-            if len(here):
-                query_BF[b] = pages.query_WF[pages.query_R[first + here[0]]]
+            open_R = (pages.time_R[first:end] <= asked.time_B[b]) & (asked.time_B[b] <= pages.over_R[first:end])
+            here = np.flatnonzero(open_R & (pages.scenario_R[first:end] == asked.scenario_B[b]))
+            if len(here) and pages.query_R[first + here[-1]] >= 0:
+                query_BF[b] = pages.query_WF[pages.query_R[first + here[-1]]]
         return query_BF
 
 

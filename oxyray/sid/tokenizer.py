@@ -82,8 +82,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, run: str | Path) -> Tokenizer:
+        """With the settings that the run's semantic IDs were made with. Raises CatalogueError where the item encoder is of a later day."""
         place = Run(run)
-        return cls(place.config(), place)
+        made, fused = (read_json(path) if path.is_file() else {} for path in (place.stamp("sid"), place.stamp("fuse")))
+        tokenizer = cls(place.config("fuse", "sid"), place)
+        if tokenizer.config.sid.vectors == "fused" and made and made["inputs"].get("fuse") != fused.get("made"):
+            raise CatalogueError(f"{place.folder}: the item encoder was made anew since the semantic IDs were: run `oxyray sid` again")
+        return tokenizer
+
+    @property
+    def reads_texts(self) -> bool:
+        return not (self.config.sid.vectors == "given" and self.config.sid.given)
 
     def sids(self, item_ids: Sequence[str]) -> Array:
         """(N, L). Raises CatalogueError on an unknown item."""

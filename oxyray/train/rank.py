@@ -39,7 +39,7 @@ def rank(config: Config, run: Run) -> None:
     inputs = Inputs.load(run)
     log = Log.of(config, run, inputs.prepared)
     train("oxyray.train.rank:RankTask", config, run)
-    run.path("stages", "rank.json").unlink(missing_ok=True)  # of the ranker before, should the comparison be interrupted
+    run.stamp("rank").unlink(missing_ok=True)  # of the ranker before, should the comparison be interrupted
     found = compare(config, run, inputs, log)
     write_json(run.path("rank", "metrics.json"), found)
     for line in found["table"]:

@@ -195,6 +195,7 @@ class Session:
     def _publish(self) -> None:
         """`best/` becomes `model/` (files are shared, not copied)."""
         if self.rank == 0:
+            self.run.stamp(self.task.stage).unlink(missing_ok=True)  # of an older model: this one gets its own
             with whole(self.folder / "model") as part:
                 shutil.copytree(self.folder / "best", part, copy_function=os.link)
         dist.barrier()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from oxyray.align.crew import _means
+from oxyray.align.crew import _about, _means
 from oxyray.align.judge import Judge
 from oxyray.align.learner import Learner
 from oxyray.align.requests import Requests
@@ -45,6 +45,12 @@ def one_step(told: dict[str, Any], folder: str) -> dict[str, Any]:
     rollout, judge = Rollout(config, config.align), Judge(config, config.align)
     rollout.load(0, learner.publish(0), Path(folder) / "tables")
     rolled = [rollout.generate(0, piece) for piece in range(config.align.pieces)]
+    candidates = rollout._candidates
+    rollout._candidates = lambda steps, legal: candidates(steps, legal)[:, :2]  # as of a piece whose pools are all small
+    rolled[1] = rollout.generate(0, 1)
+    assert rolled[1].leaf_BG.shape[1] == config.align.group
+    assert (rolled[1].leaf_BG[:, 2:] == -1).all()
+    assert _about(rolled)["filled"] < 1
     judged = [judge.judge(piece)[0] for piece in rolled]
     lost = 0
     for piece, verdict in zip(rolled, judged, strict=True):
@@ -152,3 +158,5 @@ def test_the_rankers_validation_is_never_empty_where_there_is_something_to_ask(c
         RankTask(dataclasses.replace(config, rank=dataclasses.replace(config.rank, eval_requests=10**6)), Run(config.run_dir)), 0, 1
     )
     assert min(wanted, everything.requests) <= found.requests <= everything.requests
+    none = dataclasses.replace(config, rank=dataclasses.replace(config.rank, eval_requests=0))
+    assert Validation(RankTask(none, Run(config.run_dir)), 0, 1).requests == 0

@@ -175,12 +175,14 @@ def test_places() -> None:
     plan = colocated(2, 3, 1, gpu=True)
     assert [bundle["GPU"] for bundle in plan.bundles] == [1.0, 1.0, 1.0]
     assert [bundle["CPU"] for bundle in plan.bundles] == [3.0, 2.0, 1.0]
-    for each in (plan, split(2, 3, 2, gpu=True), colocated(1, 1, 4, gpu=True), split(1, 2, 5, gpu=True)):
-        used = [0.0] * len(each.bundles)
+    many = [way(2, rollouts, judges, gpu=True) for way in (colocated, split) for rollouts in (1, 2, 3) for judges in range(1, 17)]
+    for each in (plan, *many):
+        used = [0] * len(each.bundles)
         for role, places in each.places.items():
             for place in places:
-                used[place] += each.gpus[role]
-        assert max(used) <= 1.0 + 1e-9, "no device is promised twice"
+                used[place] += round(10_000 * each.gpus[role])  # as Ray counts
+        assert max(used) <= 10_000, "no device is promised twice"
+        assert min(each.gpus.values()) > 0
         assert sum(bundle["CPU"] for bundle in each.bundles) == sum(map(len, each.places.values()))
     assert split(2, 3, 1, gpu=False).bundles == [{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}, {"CPU": 1.0}, {"CPU": 1.0}]
     assert colocated(1, 1, 1, gpu=False).gpus == {}

@@ -14,6 +14,7 @@ from oxyray.cli.sid import read_items
 from oxyray.run import Run
 from oxyray.sid import stage
 from oxyray.sid.catalog import Catalog
+from oxyray.sid.encoder import item_texts, titled
 from tests.sid.test_stage import cache, made
 from tests.test_cli import said
 
@@ -42,6 +43,10 @@ def test_ids_of_a_csv_file_stay_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "new.csv").write_text("item_id,title,price\n0012345,a lamp,3.5\n7,a rug,\n")
     table = read_items(tmp_path / "new.csv")
     assert (table["item_id"].to_pylist(), table["price"].to_pylist()) == (["0012345", "7"], [3.5, None])
+    (tmp_path / "new.csv").write_text("item_id,title,category_1\n1,1984,007\n2,,008\n")
+    table = titled(read_items(tmp_path / "new.csv"))
+    assert item_texts(table) == ["1984. Category: 007", "2. Category: 008"], "as `prepare` would have read them"
+    assert titled(table.drop_columns(["title"]))["title"].to_pylist() == ["1", "2"]
 
 
 def test_encode_says_sids_and_drift_and_writes_them(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +67,7 @@ def test_encode_says_sids_and_drift_and_writes_them(run: Run, tmp_path: Path, ca
         (["lookup"], "item or code: one of them must be given"),
         (["lookup", "item=nobody"], "not in catalogue"),
         (["lookup", "code=a-b"], "code=a-b: expected codes with dashes"),
+        (["lookup", "item=i03,", "i04"], "i04: expected key=value, without spaces between several"),
         (["lookup", "code=1-2-3-4"], "a SID of this catalogue has 2 codes, got 4"),
         (["encode"], "items: must be given"),
         (["encode", "items=/nowhere.parquet"], "items=/nowhere.parquet: cannot be read"),
@@ -81,6 +87,9 @@ def test_items_without_an_id_are_refused(run: Run, tmp_path: Path, capsys: pytes
     pq.write_table(pa.table({"title": ["x"]}), tmp_path / "bad.parquet")
     _, _, err = said(capsys, "sid", "encode", f"items={tmp_path / 'bad.parquet'}", f"run_dir={run.folder}")
     assert "no column item_id; it has title" in err
+    pq.write_table(pa.table({"item_id": ["x"], "name": ["a lamp"]}), tmp_path / "bad.parquet")
+    _, _, err = said(capsys, "sid", "encode", f"items={tmp_path / 'bad.parquet'}", f"run_dir={run.folder}")
+    assert "no text to read: it needs one or more of the columns title, brand" in err
 
 
 @pytest.mark.browser

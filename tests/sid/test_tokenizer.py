@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from oxyray.errors import CatalogueError, RunError
+from oxyray.files import write_json
 from oxyray.sid import stage
 from oxyray.sid.behaviour import Joiner
 from oxyray.sid.rqkmeans import RQKMeans, fit
@@ -44,6 +45,20 @@ def test_a_codebook_of_another_width_is_refused(tokenizer: Tokenizer) -> None:
         RQKMeans(np.ascontiguousarray(other)).save(tokenizer.folder / "codebook.npz")
         with pytest.raises(CatalogueError, match=f"{says}.* not of one run"):
             Tokenizer.load(tokenizer.run.folder)
+
+
+def test_the_settings_are_those_that_the_sids_were_made_with(tokenizer: Tokenizer) -> None:
+    run = tokenizer.run
+    write_json(run.stamp("sid"), {"settings": {"sid.collisions": "none", "sid.vectors": "text"}, "inputs": {"fuse": None}})
+    failed = tokenizer.config
+    failed.sid.collisions, failed.sid.vectors = "extra_level", "fused"
+    run.write_config(failed)
+    again = Tokenizer.load(run.folder)
+    assert (again.config.sid.collisions, again.config.sid.vectors) == ("none", "text")
+    write_json(run.stamp("sid"), {"settings": {"sid.vectors": "fused"}, "inputs": {"fuse": "monday"}})
+    write_json(run.stamp("fuse"), {"settings": {}, "inputs": {}, "made": "tuesday"})
+    with pytest.raises(CatalogueError, match="the item encoder was made anew since"):
+        Tokenizer.load(run.folder)
 
 
 def test_a_run_without_sids_is_told(tmp_path: Path, cache: Path) -> None:
