@@ -10,7 +10,7 @@ of candidates, for as many requests with pasts as long, is generated from a T5 o
 and by Hugging Face's `generate`. A step by one of these ways is the real step's publication, judging and learning with that way's
 generation; the encoder, and the candidates' log-probabilities for the learner, are left out of all of them alike. It is done for the size
 of the runs above, for large beams there, and for large beams at the paper's density of codes: a random shop of 200,000 items and 8,192
-codes a level, a policy of width 256 and 4 + 4 layers that reads 200 events of its users, or 500.
+codes a level, a policy of width 256 and 4 + 4 layers that reads 500 events of its users.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ WIDE: dict[str, Any] = {"requests_per_step": 16, "group": 256}  # large beams, a
 PAPER = ("model=medium", "model.head=codes", "model.hidden=1024", "model.history=500", "model.text_input=false", "train.max_steps=2",
          "train.targets_per_step=128", "rank.model.text_input=false", "rank.max_steps=2", "rank.items_per_step=500", "sid.iterations=3",
          "align.requests_per_step=16", "align.pieces=4", "align.group=256", "align.supervised_targets=128")  # fmt: skip
-SHORTER = 200
 QUICK_PAPER = (*PAPER, "model=tiny", "model.hidden=64", "model.history=20", "align.requests_per_step=4", "align.group=16")
 WIDE_QUICK: dict[str, Any] = {"requests_per_step": 4, "group": 16}
 
@@ -77,11 +76,9 @@ def main() -> None:
         one_step_off(report, found)
         more_workers(report, found, config.align.requests_per_step, workers)
         wide = dataclasses.replace(config, align=dataclasses.replace(config.align, **(WIDE_QUICK if quick else WIDE)))
-        shorter = dataclasses.replace(paper, model=dataclasses.replace(paper.model, history=min(SHORTER, paper.model.history)))
         sizes = (
             ("", config, 8),
             ("", wide, 4),
-            (f", the paper's codes, {shorter.model.history} events", shorter, 2),
             (f", the paper's codes, {paper.model.history} events", paper, 2),
         )
         for title, sized, turns in sizes:
