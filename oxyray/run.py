@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from oxyray.config import Config, from_dict, to_dict
+from oxyray.config import Config, from_dict, set_dotted, to_dict
 from oxyray.errors import RunError
 from oxyray.files import read_json, whole, write_json
 
@@ -82,11 +82,7 @@ class Run:
         values = values if isinstance(values, dict) else {}
         for stamp in (self.stamp(stage) for stage in made):
             for key, value in read_json(stamp)["settings"].items() if stamp.is_file() else ():
-                *above, last = key.split(".")
-                place = values
-                for part in above:
-                    place = place.setdefault(part, {})
-                place[last] = value
+                set_dotted(values, key, value)
         return from_dict(Config, values)
 
     def write_versions(self) -> None:

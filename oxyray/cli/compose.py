@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import oxyray
-from oxyray.config import Config, from_dict
+from oxyray.config import Config, from_dict, set_dotted
 from oxyray.config.keys import REQUIRED, keys
 from oxyray.errors import ConfigError
 
@@ -97,7 +97,7 @@ def compose_values(words: Words, *, missing_ok: bool = False) -> dict[str, Any]:
         raise ConfigError("the configuration is not a mapping")
     plain = {str(key): value for key, value in _without(values, "???").items()}
     for key, value in words.raw.items():
-        _set(plain, key, value)
+        set_dotted(plain, key, value)
     refuse_code(plain)
     return plain
 
@@ -230,10 +230,3 @@ def _without(values: Any, mark: str) -> Any:
     if isinstance(values, dict):
         return {key: _without(value, mark) for key, value in values.items() if value != mark}
     return values
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        values = values.setdefault(part, {})
-    values[last] = value

@@ -40,7 +40,8 @@ def encode(run: Run, file: Path, out: Path | None) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from oxyray.sid.encoder import TEXT_COLUMNS, titled
+    from oxyray.data.tables import titled
+    from oxyray.sid.encoder import TEXT_COLUMNS
     from oxyray.sid.tokenizer import ENOUGH, Tokenizer
 
     items, tokenizer = read_items(file), Tokenizer.load(run.folder)

@@ -18,7 +18,7 @@ from oxyray.config.data import MALL_ITEMS, DataConfig, MallConfig, SidConfig
 from oxyray.config.evaluate import EvaluateConfig, RecommendConfig, SasrecConfig
 from oxyray.config.fuse import FuseConfig, FusionConfig
 from oxyray.config.model import ContextConfig, GenerateConfig, InstructionConfig, ModelConfig, MoEConfig, RetrievalConfig
-from oxyray.config.plain import from_dict, need, to_dict
+from oxyray.config.plain import from_dict, need, set_dotted, to_dict
 from oxyray.config.reward import RewardConfig
 from oxyray.config.train import CourseConfig, OptimConfig, RankConfig, RankerConfig, TrainConfig
 
@@ -107,5 +107,6 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "from_dict",
+    "set_dotted",
     "to_dict",
 ]

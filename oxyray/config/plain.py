@@ -21,6 +21,14 @@ def need(ok: bool, key: str, why: str) -> None:
         raise ConfigError(f"{key}: {why}")
 
 
+def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `key`, dotted, in nested plain values; what is not there is made."""
+    *path, last = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+    values[last] = value
+
+
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build dataclass `cls` from plain values, checking every key and type.
 

@@ -30,7 +30,7 @@ from oxyray.data.features import ITEM_FEATURES, encode
 from oxyray.data.parts import Parts
 from oxyray.data.prepared import FORMAT, Meta
 from oxyray.data.settle import Settled
-from oxyray.data.tables import ACTIONS, COLUMNS, Chunk, Ids, Names, Table, find
+from oxyray.data.tables import ACTIONS, COLUMNS, Chunk, Ids, Names, Table, find, titled
 from oxyray.errors import DataError
 from oxyray.files import whole, write_json
 from oxyray.progress import bar, track
@@ -189,10 +189,9 @@ def _items(data: DataConfig, source: Path, quarantine: Quarantine) -> tuple[pa.T
     table = _open(data, source, "items")
     rows = sound_rows("items", Chunk(table.read().combine_chunks(), table.files[0], 0), quarantine)
     quarantine.check("items", table.rows)
-    untitled = pc.equal(rows["title"].fill_null(""), "")
-    if lost := pc.sum(untitled).as_py():
+    if lost := pc.sum(pc.equal(rows["title"].fill_null(""), "")).as_py():
         quarantine.repaired["items: title is missing, the item_id stands for it"] = lost
-        rows = rows.set_column(rows.column_names.index("title"), "title", pc.if_else(untitled, rows["item_id"], rows["title"]))
+        rows = titled(rows)
     if "price" in rows.column_names:
         nonsense = pc.less(rows["price"], 0).fill_null(False)
         if lost := pc.sum(nonsense).as_py():

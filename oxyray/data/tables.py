@@ -299,3 +299,11 @@ def distinct(column: pa.ChunkedArray | pa.Array) -> tuple[list[str], np.ndarray]
     encoded = array.dictionary_encode()
     values = encoded.dictionary.to_pylist()
     return values, encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def titled(items: pa.Table) -> pa.Table:
+    """Items without a title are known by their item_id."""
+    if "title" not in items.column_names:
+        return items.append_column("title", items["item_id"])
+    untitled = pc.equal(items["title"].fill_null(""), "")
+    return items.set_column(items.column_names.index("title"), "title", pc.if_else(untitled, items["item_id"], items["title"]))

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from oxyray.cluster.start import ray_for
 from oxyray.config import ClusterConfig, SidConfig
@@ -58,13 +57,6 @@ def item_texts(items: pa.Table) -> list[str]:
         ]
         texts.append(". ".join(part.rstrip(".") for part in parts if part) or str(item_id))
     return texts
-
-
-def titled(items: pa.Table) -> pa.Table:
-    """Items without a title are known by their item_id, new ones as those that the stage `prepare` reads."""
-    title = items.column("title").fill_null("") if "title" in items.column_names else pa.nulls(len(items), pa.large_string()).fill_null("")
-    title = pc.if_else(pc.equal(title, ""), items.column("item_id").cast(pa.large_string()), title.cast(pa.large_string()))
-    return items.drop_columns(["title"] if "title" in items.column_names else []).append_column("title", title)
 
 
 _CATEGORIES = ("category_1", "category_2", "category_3")

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from oxyray.cli.sid import read_items
+from oxyray.data.tables import titled
 from oxyray.run import Run
 from oxyray.sid import stage
 from oxyray.sid.catalog import Catalog
-from oxyray.sid.encoder import item_texts, titled
+from oxyray.sid.encoder import item_texts
 from tests.sid.test_stage import cache, made
 from tests.test_cli import said
 
