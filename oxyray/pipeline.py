@@ -15,27 +15,31 @@ import hashlib
 import importlib
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from oxyray.cluster.start import one_ray
+from oxyray.cluster.start import one_ray, room_for
 from oxyray.config import Config, to_dict
 from oxyray.errors import ConfigError, RunError
 from oxyray.files import clear_leftovers, files_under, marks, read_json, write_json
 from oxyray.run import Run
+from oxyray.stopping import side_by_side
 from oxyray.tracking import tracked
 
 StageFunction = Callable[[Config, Run], None]
+_BEGINNING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """`work` is the stage function or its `module:name`.
+    """`work` is the stage function or its `module:name`; `workers` are the processes that it trains on, if any.
 
     `form` rises when the stage comes to write something else from the same settings. `beside` are folders that it writes besides its own.
     `settings` are the configuration keys that decide the result, less those in `speed`. It needs the stages in `reads`, and uses those in
@@ -47,6 +51,7 @@ class Stage:
     about: str
     work: str | StageFunction
     folder: str
+    workers: Callable[[Config], int] = lambda config: 0
     form: int = 1
     beside: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
@@ -101,6 +106,7 @@ STAGES: tuple[Stage, ...] = (
         about="train the encoder that joins items' texts and pictures",
         work="oxyray.train.fuse:fuse",
         folder="fuse",
+        workers=lambda config: config.fuse.workers,
         reads=("prepare",),
         settings=("fuse", "sid.encoder", "sid.given"),
         speed=tuple(name for name in _on_workers("fuse") if name != "fuse.micro_batches"),  # a pair is compared within its micro-batch
@@ -123,6 +129,7 @@ STAGES: tuple[Stage, ...] = (
         about="train the policy on the users' histories",
         work="oxyray.train.pretrain:pretrain",
         folder="pretrain",
+        workers=lambda config: config.train.workers,
         form=3,
         reads=("prepare", "sid"),
         settings=("model", "train"),
@@ -133,6 +140,7 @@ STAGES: tuple[Stage, ...] = (
         about="train the ranker that judges what the policy generates",
         work="oxyray.train.rank:rank",
         folder="rank",
+        workers=lambda config: config.rank.workers,
         form=3,
         reads=("prepare", "sid"),
         settings=("rank",),
@@ -187,12 +195,17 @@ STAGES: tuple[Stage, ...] = (
 
 
 def run_all(config: Config, stages: Sequence[Stage] = STAGES, say: Callable[[str], None] = print) -> None:
-    """Every stage in order; fresh ones are skipped. Raises what a stage raises; what earlier stages wrote stays."""
+    """Every stage in order; fresh ones are skipped. Raises what a stage raises; what earlier stages wrote stays. Training stages that need
+    nothing of each other run side by side where `cluster.stages_at_once` allows it."""
     run = Run(config.run_dir)
     with _alone(run), tracked(config.tracking, run, to_dict(config)), one_ray(config.processes):
         wanted = [stage for stage in stages if stage.wanted(config)]
-        for number, stage in enumerate(wanted, 1):
-            _run(stage, config, run, stages, f"[{number}/{len(wanted)}] ", say)
+        done = 0
+        while done < len(wanted):
+            together = _together(wanted[done:], config, run)
+            counters = [f"[{number}/{len(wanted)}] " for number in range(done + 1, done + len(together) + 1)]
+            side_by_side([partial(_run, stage, config, run, counter, say) for stage, counter in zip(together, counters, strict=True)])
+            done += len(together)
 
 
 def run_one(name: str, config: Config, stages: Sequence[Stage] = STAGES, say: Callable[[str], None] = print) -> None:
@@ -204,7 +217,7 @@ def run_one(name: str, config: Config, stages: Sequence[Stage] = STAGES, say: Ca
         return
     with _alone(run), tracked(config.tracking, run, to_dict(config)):
         _need_earlier(stage, config, run, stages)
-        _run(stage, config, run, stages, "", say)
+        _run(stage, config, run, "", say)
 
 
 def plan(config: Config, names: Sequence[str], stages: Sequence[Stage] = STAGES) -> list[tuple[str, str | None]]:
@@ -281,14 +294,29 @@ def why_stale(stage: Stage, config: Config, run: Run, *, check_files: bool = Tru
     return None
 
 
-def _run(stage: Stage, config: Config, run: Run, stages: Sequence[Stage], counter: str, say: Callable[[str], None]) -> None:
+def _together(stages: Sequence[Stage], config: Config, run: Run) -> list[Stage]:
+    """The first of these stages, and those right behind it that can be trained at the same time."""
+    found = [stages[0]]
+    for stage in stages[1:]:
+        known = {earlier.name for earlier in found}
+        if len(found) == config.cluster.stages_at_once or known & {*stage.reads, *stage.uses}:
+            break
+        found.append(stage)
+    trained = all(stage.workers(config) and (config.force or why_stale(stage, config, run)) for stage in found)
+    if len(found) > 1 and trained and room_for(config.cluster, sum(stage.workers(config) for stage in found)):
+        return found
+    return found[:1]
+
+
+def _run(stage: Stage, config: Config, run: Run, counter: str, say: Callable[[str], None]) -> None:
     why = "asked for by force=true" if config.force else why_stale(stage, config, run)
     if why is None:
         say(f"{counter}{stage.name}: fresh, skipped (force=true makes it anew)")
         return
     say(f"{counter}{stage.name}: {stage.about} ({why})")
-    run.write_config(config)
-    run.write_versions()
+    with _BEGINNING:
+        run.write_config(config)
+        run.write_versions()
     stamp = {
         "stage": stage.name,
         "form": stage.form,

@@ -45,4 +45,4 @@ def bar(total: int | None, label: str, unit: str = "it") -> tqdm[Any]:
     if sys.stderr.isatty():
         return tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True, mininterval=0.2)
     lines: Any = _Lines(sys.stderr)
-    return tqdm(total=total, desc=label, unit=unit, file=lines, ascii=True, ncols=100, mininterval=_QUIET_S, delay=_SHORT_S)
+    return tqdm(total=total, desc=label, unit=unit, file=lines, ascii=True, ncols=100, mininterval=_QUIET_S, delay=_SHORT_S, position=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -260,6 +261,49 @@ def test_a_stage_that_writes_nothing_is_reported(shop: Shop) -> None:
     lazy = Stage(name="lazy", about="", work=lambda config, run: None, folder="lazy")
     with pytest.raises(RunError, match="stage lazy ended without writing"):
         run_all(config_of(shop.folder), (lazy,))
+
+
+def together(at_once: int, *, workers: int = 1, reads: tuple[str, ...] = ()) -> tuple[Stage, ...]:
+    """Two training stages, each of which waits a moment for the other and writes whether it came. The second reads `reads`."""
+    both = threading.Barrier(2)
+
+    def work(name: str) -> Callable[[Config, Run], None]:
+        def stage(config: Config, run: Run) -> None:
+            try:
+                both.wait(10 if at_once > 1 else 0.2)
+                met = True
+            except threading.BrokenBarrierError:
+                both.reset()
+                met = False
+            run.path(name).mkdir(exist_ok=True)
+            (run.path(name) / "met.json").write_text(json.dumps(met))
+
+        return stage
+
+    return (
+        Stage(name="learn", about="", work=work("learn"), folder="learn", workers=lambda config: workers),
+        Stage(name="judge", about="", work=work("judge"), folder="judge", workers=lambda config: workers, reads=reads),
+    )
+
+
+def met(run: Run) -> list[bool]:
+    return [json.loads((run.path(name) / "met.json").read_text()) for name in ("learn", "judge")]
+
+
+def test_stages_that_need_nothing_of_each_other_may_run_side_by_side(tmp_path: Path) -> None:
+    config = config_of(tmp_path, cluster={"stages_at_once": 2, "object_store_gb": 0.1})
+    run_all(config, together(2))
+    assert met(Run(config.run_dir)) == [True, True]
+    assert all(why_stale(stage, config, Run(config.run_dir)) is None for stage in together(2))
+
+
+@pytest.mark.parametrize(
+    ("at_once", "workers", "reads"), [(1, 1, ()), (2, 1, ("learn",)), (2, 1000, ())], ids=["unless told", "one reads the other", "no room"]
+)
+def test_stages_run_one_after_the_other(at_once: int, workers: int, reads: tuple[str, ...], tmp_path: Path) -> None:
+    config = config_of(tmp_path, cluster={"stages_at_once": at_once, "object_store_gb": 0.1})
+    run_all(config, together(1, workers=workers, reads=reads))
+    assert met(Run(config.run_dir)) == [False, False]
 
 
 def test_two_commands_do_not_work_in_one_run_folder(shop: Shop) -> None:

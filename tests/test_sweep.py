@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -129,8 +130,10 @@ def test_a_sweep_that_is_asked_to_end_starts_no_other_job(tmp_path: Path, monkey
     monkeypatch.setattr("oxyray.cli.sweep.run_job", stopped)
     words = check(["seed=1,2,3", f"run_dir={tmp_path}/base", f"hydra.sweep.dir={tmp_path}/sweep"], sweep=True)
     (tmp_path / "sweep").mkdir()
+    log = logging.getLogger("oxyray.of_a_sweep")
     with pytest.raises(Stopped, match="give the same command again"):
         sweep("pretrain", words)
+    assert not log.disabled, "a job's warnings must reach its log"
     assert ran == [0]
     assert [job["error"].split(",")[0] for job in jobs(tmp_path / "sweep")] == ["stopped: pretrain: stopped", "not started", "not started"]
 

@@ -99,16 +99,16 @@ class Crew:
         of the learners were not to be had."""
         if step in self._prepared:
             return
-        pieces = range(self.config.align.pieces)
-        began = time.monotonic()
+        keys = [(step, piece) for piece in range(self.config.align.pieces)]
+        began, rolled = time.monotonic(), list[Rolled]()
         with _of_learners():
-            for piece in pieces:
-                self.rollouts.submit((step, piece), "generate", step=step, piece=piece)
-            rolled: list[Rolled] = self.rollouts.collect([(step, piece) for piece in pieces], f"step {step}: generation")
+            for key in keys:
+                self.rollouts.submit(key, "generate", step=step, piece=key[1])
+            for key in keys:  # a piece is judged while the next ones are generated
+                rolled += self.rollouts.collect([key], f"step {step}: generation")
+                self.judges.submit(key, "judge", rolled=rolled[-1])
         generated = time.monotonic()
-        for piece in pieces:
-            self.judges.submit((step, piece), "judge", rolled=rolled[piece])
-        judged = self.judges.collect([(step, piece) for piece in pieces], f"step {step}: rewards")
+        judged = self.judges.collect(keys, f"step {step}: rewards")
         self._seconds |= {"generate": generated - began, "judge": time.monotonic() - generated}
         told = _means([means for _, means in judged]) | _about(rolled)
         pairs = list(zip(rolled, [scores for scores, _ in judged], strict=True))

@@ -27,8 +27,9 @@ from oxyray.files import clear_leftovers, read_json, whole, write_json
 from oxyray.model.inputs import Inputs
 from oxyray.progress import bar
 from oxyray.run import Run
+from oxyray.stopping import stop_on_sigterm
 from oxyray.train import checkpoint
-from oxyray.train.driver import environment, resumable, stop_on_sigterm
+from oxyray.train.driver import environment, resumable
 
 
 def align(config: Config, run: Run) -> None:

@@ -20,7 +20,7 @@ from oxyray.cluster.wait import ProcessLost, first_line, own_error
 from oxyray.errors import ClusterError
 
 Enrol = tuple[str, dict[str, Any]]  # a method and its arguments
-_POLL_S = 0.05
+_POLL_S = 0.005
 _PING_S = 0.5
 
 
@@ -109,13 +109,12 @@ class Fleet:
         wanted = list(keys)
         last, progress = time.monotonic(), len(self._done)
         while any(key not in self._done for key in wanted):
-            self.pump()
+            self.pump(_POLL_S)
             if len(self._done) > progress:
                 last, progress = time.monotonic(), len(self._done)
             if time.monotonic() - last > 3 * self.seconds:
                 missing = [key for key in wanted if key not in self._done]
                 raise ProcessLost(f"{what}: no {self.name} answered within {3 * self.seconds:g} s; {len(missing)} jobs are missing")
-            time.sleep(0 if all(key in self._done for key in wanted) else _POLL_S)
         for key in wanted:
             del self._jobs[key]
         return [self._done.pop(key) for key in wanted]
@@ -131,7 +130,7 @@ class Fleet:
         while not self.idle():
             if time.monotonic() > ends:
                 raise ProcessLost(f"{what}: {len(self._running)} {self.name}s are still at work after {3 * self.seconds:g} s")
-            time.sleep(_POLL_S)
+            self.pump(_POLL_S)
 
     def forget(self) -> None:
         """Drop every job, running ones too: their answers will not be looked at."""
@@ -141,9 +140,11 @@ class Fleet:
         for kept in (self._jobs, self._waiting, self._running, self._done):
             kept.clear()  # type: ignore[attr-defined]
 
-    def pump(self) -> None:
-        """Take answers, look after the dead, hand out jobs. Never waits."""
-        for result in self._manager.fetch_ready_async_reqs(timeout_seconds=0.0):
+    def pump(self, seconds: float = 0.0) -> None:
+        """Take answers, look after the dead, hand out jobs. Waits so many seconds at most, and less where all that runs is answered."""
+        if seconds and not self._running:
+            time.sleep(seconds)
+        for result in self._manager.fetch_ready_async_reqs(timeout_seconds=seconds):
             if result.actor_id not in self._running:
                 continue
             key, _ = self._running.pop(result.actor_id)

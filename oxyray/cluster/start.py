@@ -107,6 +107,15 @@ def one_ray(processes: int) -> Iterator[None]:
             sys.modules["ray"].shutdown()
 
 
+def room_for(config: ClusterConfig, workers: int) -> bool:
+    """Whether Ray has a GPU for each of so many workers, or a CPU where it has no GPUs. Starts or joins it as `ray_for`."""
+    import ray
+
+    with ray_for(config, 1):
+        have = ray.cluster_resources()
+    return bool((have.get("GPU") or have.get("CPU", 0)) >= workers)
+
+
 def store_bytes(wanted_gb: float) -> int:
     """Bytes for the object store: as asked, but within what /dev/shm has free, as Ray would otherwise fall back to a slow disk."""
     wanted = int(wanted_gb * 2**30)

@@ -108,9 +108,15 @@ def training_segments(time: Timeline, history: int, one_query: bool = False, mos
     size_U = np.where(count <= whole, count, part)
     place_E = np.arange(len(time)) - np.repeat(first, count)
     opens_E = place_E % np.repeat(size_U, count) == 0
-    # A request that went on for long knows less than those around it: what would be too far back for a chunk begins another.
-    step_E = np.diff(time.visible_E, prepend=0)
-    opens_E |= (place_E > 0) & np.repeat(count > whole, count) & ((step_E < 0) | (step_E > chunk))
+    # A request that went on for long knows less than those around it, and one of many events makes the next know much more: what would be
+    # too far back for a chunk begins another.
+    long_E = np.repeat(count > whole, count)
+    opens_E |= (place_E > 0) & long_E & (np.diff(time.visible_E, prepend=0) < 0)
+    while True:
+        far_E = long_E & (time.visible_E - time.visible_E[_run_start(opens_E)] > chunk)
+        if not far_E.any():
+            break
+        opens_E |= far_E & ~np.concatenate([[False], far_E[:-1]])
     query_start = np.flatnonzero(opens_E)
     query_end = np.append(query_start[1:], len(time))
     first_seen = time.user_start_E[query_start]

@@ -56,9 +56,9 @@ def slate_values(
     rows = _rows(optimum, prepared, requests)[here]
     scenario_R = np.concatenate([part.scenario_R for part in requests])[here]
     found: dict[str, Any] = {"k": k, "requests": len(rows), "table": []}
-    for model in models(predictions):
-        lists = read(predictions, prepared, model, "all")
-        value = optimum.slate_value(rows, lists.item_RK[here, :k])
+    named = models(predictions)
+    slates = [read(predictions, prepared, model, "all").item_RK[here, :k] for model in named]
+    for model, value in zip(named, optimum.slate_values(rows, slates), strict=True):
         for number, name in [(None, None), *enumerate(prepared.meta.scenarios)]:
             of_R = np.ones(len(rows), dtype=bool) if number is None else scenario_R == number
             if of_R.any():

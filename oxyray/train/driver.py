@@ -14,13 +14,10 @@ import importlib
 import logging
 import os
 import shutil
-import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from oxyray import errors
@@ -31,6 +28,7 @@ from oxyray.files import clear_leftovers, read_json, write_json
 from oxyray.logs import log_warnings
 from oxyray.progress import bar
 from oxyray.run import Run
+from oxyray.stopping import stop_on_sigterm
 from oxyray.train import checkpoint
 from oxyray.train.course import ALL_DONE, begun_with, limits
 from oxyray.train.task import Task
@@ -254,23 +252,6 @@ def _summary(task: Task, folder: Path) -> str:
             "(docs/policy.md)"
         )
     return told
-
-
-@contextmanager
-def stop_on_sigterm(stop: Path) -> Iterator[None]:
-    """SIGTERM asks the workers to save and end. Only the main thread can listen for it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.touch()
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Watch:

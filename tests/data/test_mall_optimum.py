@@ -191,7 +191,7 @@ def test_slate_value_equals_monte_carlo(truth, hidden):
         [np.concatenate([np.argsort(-share)[:3], rng.choice(np.argsort(-share)[3:], 3, replace=False)]) for share in shares]
     )
     slate_RL[0, 4:] = -1
-    value = truth.slate_value(rows, slate_RL, hidden)
+    (value,) = truth.slate_values(rows, [slate_RL], hidden)
     draws = 6000
     for place, row in enumerate(rows.tolist()):
         users, situation = one_situation(truth, row, hidden)
@@ -242,7 +242,7 @@ def test_better_slates_are_worth_more(truth):
     for places, share_RI in truth.choice_probability(rows, hidden=True):
         best[places] = np.argsort(-share_RI, axis=1)[:, :5]
         random[places] = np.argsort(rng.random(share_RI.shape), axis=1)[:, :5]
-    good, poor = truth.slate_value(rows, best), truth.slate_value(rows, random)
+    good, poor = truth.slate_values(rows, [best, random])
     assert (good.clicks >= poor.clicks - 1e-9).all()
     assert good.turnover.sum() > 3 * poor.turnover.sum()
     assert ((good.purchases >= 0) & (good.purchases <= good.carts) & (good.carts <= good.clicks) & (good.clicks <= 1)).all()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oxyray.data.requests import request_segments, timeline, training_segments
@@ -29,8 +29,17 @@ def events(draw):
     }
 
 
+def _one_user(*requests):
+    """Events of one user at one moment, in requests of so many events."""
+    request = np.repeat(np.arange(len(requests)), requests)
+    zero = np.zeros(len(request), dtype=np.int64)
+    return {"user": zero, "item": np.arange(len(request)), "time": zero, "action": zero, "scenario": zero, "request": request,
+            "trigger": zero - 1, "split": zero}  # fmt: skip
+
+
 @settings(max_examples=150, deadline=None)
 @given(raw=events(), history=st.integers(1, 9), most=st.integers(1, 9))
+@example(raw=_one_user(40, 3, 1, 1), history=6, most=1)
 def test_no_input_is_later_than_its_target_nor_of_its_own_request(raw, history, most):
     time = timeline(raw)
     begin = {r: raw["time"][raw["request"] == r].min() for r in raw["request"]}

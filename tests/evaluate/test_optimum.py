@@ -68,7 +68,7 @@ def test_the_value_of_slates_is_that_of_the_shop_and_likely_items_are_worth_more
         [users[user] for part in requests for user in part.user_R], np.concatenate([part.time.asked_E[part.row_R] for part in requests])
     )
     for model, lists in best.items():
-        value = optimum.slate_value(rows, np.concatenate(lists))
+        (value,) = optimum.slate_values(rows, [np.concatenate(lists)])
         assert overall[model] == {kind: pytest.approx(value_R.mean()) for kind, value_R in vars(value).items()}
         shares = [row for row in found["table"] if row["model"] == model and row["scenario"] is not None]
         total = sum(row["metrics"]["turnover"] * row["requests"] for row in shares)

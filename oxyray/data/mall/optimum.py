@@ -35,7 +35,7 @@ _CELLS = 4_000_000
 
 @dataclass(frozen=True)
 class SlateValue:
-    """Expected clicks, purchases and turnover (price times pieces) of one showing of each slate, float64 (R,)."""
+    """Expected clicks, purchases and turnover (price times pieces) of one showing of a slate, float64 (R,)."""
 
     clicks: np.ndarray
     carts: np.ndarray
@@ -93,17 +93,20 @@ class Optimum:
         groups = {"all": np.ones(len(rows), bool)} | {name: scenario_R == code for code, name in enumerate(SCENARIOS)}
         return {name: dict(zip(ks, mass_RK[which].mean(0).tolist(), strict=True)) for name, which in groups.items() if which.any()}
 
-    def slate_value(self, rows: np.ndarray, slate_RL: np.ndarray, hidden: bool = True) -> SlateValue:
-        """Expected value of showing slate_RL (item numbers as in the prepared form, -1 behind short slates, none twice) in each request.
+    def slate_values(self, rows: np.ndarray, slates: Sequence[np.ndarray], hidden: bool = True) -> list[SlateValue]:
+        """Expected values of showing each of `slates`, (R, L) item numbers as in the prepared form (-1 behind short ones, none twice), in
+        the requests.
 
         The user clicks item i with probability p_i / (OUTSIDE + sum of p over the slate); then cart and purchase follow. Items outside
         the scenario's pool are worth nothing.
         """
-        value_RX = np.zeros((len(rows), 4))
-        for users, situation, places in self._situations(rows, hidden, slate_RL.shape[1] * 2_000):
-            item_RL = self._public_I[slate_RL[places]]
-            value_RX[places] = slate_value(self.world, users, situation, item_RL, slate_RL[places] >= 0)
-        return SlateValue(*value_RX.T)
+        value_MRX = np.zeros((len(slates), len(rows), 4))
+        longest = max((slate_RL.shape[1] for slate_RL in slates), default=1)
+        for users, situation, places in self._situations(rows, hidden, longest * 2_000):
+            for value_RX, slate_RL in zip(value_MRX, slates, strict=True):
+                item_RL = self._public_I[slate_RL[places]]
+                value_RX[places] = slate_value(self.world, users, situation, item_RL, slate_RL[places] >= 0)
+        return [SlateValue(*value_RX.T) for value_RX in value_MRX]
 
     def _situations(self, rows: np.ndarray, hidden: bool, cells: int) -> Iterator[tuple[Users, Situation, np.ndarray]]:
         """The rows' situations block by block, in chunks of about _CELLS / cells, with their places in `rows`."""
