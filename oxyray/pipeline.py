@@ -43,8 +43,8 @@ class Stage:
 
     `form` rises when the stage comes to write something else from the same settings. `beside` are folders that it writes besides its own.
     `settings` are the configuration keys that decide the result, less those in `speed`. It needs the stages in `reads`, and uses those in
-    `uses` where they have been made; the configuration may make it need these too (`needs`). A stage that is not `wanted` by it is
-    nobody's business.
+    `uses` where they have been made; the configuration may make it need these too (`needs`), or do without a stage of `reads`
+    (`skips`). A stage that is not `wanted` by it is nobody's business.
     """
 
     name: str
@@ -61,6 +61,11 @@ class Stage:
     files: Callable[[Config], list[Path]] = lambda config: []
     wanted: Callable[[Config], bool] = lambda config: True
     needs: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    skips: Callable[[Config], tuple[str, ...]] = lambda config: ()
+
+    def inputs(self, config: Config) -> list[str]:
+        """The stages whose making anew makes this one stale."""
+        return [name for name in self.reads + self.uses if name not in self.skips(config)]
 
     def function(self) -> StageFunction:
         if not isinstance(self.work, str):
@@ -120,6 +125,7 @@ STAGES: tuple[Stage, ...] = (
         folder="sid",
         form=3,
         reads=("prepare", "fuse"),
+        skips=lambda config: () if config.sid.vectors == "fused" else ("fuse",),
         settings=("sid",),
         speed=("sid.batch_items", "sid.workers", "sid.cache_dir"),
         files=vector_files,
@@ -227,7 +233,7 @@ def plan(config: Config, names: Sequence[str], stages: Sequence[Stage] = STAGES)
     for stage in (_named(name, stages) for name in names):
         if len(names) > 1 and not stage.wanted(config):
             continue
-        remade = [name for name, why in steps if why is not None and name in stage.reads + stage.uses]
+        remade = [name for name, why in steps if why is not None and name in stage.inputs(config)]
         why = "asked for by force=true" if config.force else why_stale(stage, config, run)
         steps.append((stage.name, why or (f"{remade[0]} is made anew" if remade else None)))
     return steps
@@ -250,7 +256,7 @@ def borrow(base: Run, run: Run, config: Config, name: str, stages: Sequence[Stag
     if run.folder == base.folder or (config.force and name == "run"):
         return borrowed
     for stage in (_named(each, stages) for each in wanted):
-        same_ground = all(_made(earlier, run) == _made(earlier, base) for earlier in stage.reads)
+        same_ground = all(_made(earlier, run) == _made(earlier, base) for earlier in stage.reads if earlier in stage.inputs(config))
         if not same_ground or why_stale(stage, config, run) is None or why_stale(stage, config, base) is not None:
             continue
         folders = (stage.folder, *stage.beside)
@@ -286,7 +292,7 @@ def why_stale(stage: Stage, config: Config, run: Run, *, check_files: bool = Tru
     changed = _differences(_deciding(stage, stamp["settings"]), _settings(stage, config))
     if changed:
         return f"made with other settings: {changed[0]}" + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
-    for name in stage.reads + stage.uses:
+    for name in stage.inputs(config):
         if stamp["inputs"].get(name) != _made(name, run):
             return f"{name} was made anew since"
     if check_files and stamp["files"] != _files(stage, config):
@@ -321,7 +327,7 @@ def _run(stage: Stage, config: Config, run: Run, counter: str, say: Callable[[st
         "stage": stage.name,
         "form": stage.form,
         "settings": _settings(stage, config),
-        "inputs": {name: _made(name, run) for name in stage.reads + stage.uses},
+        "inputs": {name: _made(name, run) for name in stage.inputs(config)},
         "files": _files(stage, config),
     }
     for folder in (stage.folder, *stage.beside):

@@ -263,6 +263,24 @@ def test_a_stage_that_writes_nothing_is_reported(shop: Shop) -> None:
         run_all(config_of(shop.folder), (lazy,))
 
 
+def test_a_stage_that_the_settings_do_without_makes_none_stale(shop: Shop) -> None:
+    read, code, learn = shop.stages()
+    learn = replace(learn, skips=lambda config: () if config.model.width == 64 else ("code",))
+    wide, narrow = config_of(shop.folder, model={"width": 128}), config_of(shop.folder)
+    run_all(wide, (read, code, learn))
+    run_one("code", replace(wide, force=True), (read, code, learn))
+    assert why_stale(learn, wide, Run(wide.run_dir)) is None
+    run_all(narrow, (read, code, learn))
+    run_one("code", replace(narrow, force=True), (read, code, learn))
+    assert why_stale(learn, narrow, Run(narrow.run_dir)) == "code was made anew since"
+
+
+def test_text_codes_do_not_depend_on_an_encoder_that_nobody_wants(shop: Shop) -> None:
+    stage = next(stage for stage in STAGES if stage.name == "sid")
+    assert stage.inputs(config_of(shop.folder)) == ["prepare"]
+    assert stage.inputs(config_of(shop.folder, sid={"vectors": "fused"})) == ["prepare", "fuse"]
+
+
 def together(at_once: int, *, workers: int = 1, reads: tuple[str, ...] = ()) -> tuple[Stage, ...]:
     """Two training stages, each of which waits a moment for the other and writes whether it came. The second reads `reads`."""
     both = threading.Barrier(2)
