@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from oxyray.errors import Stopped
+from oxyray.errors import OxyrayError, Stopped
 
+_PATIENCE_S = 60.0
 _stops: set[Path] = set()  # of the work at hand
 _asked = threading.Event()
 
@@ -31,35 +33,50 @@ def side_by_side(works: Sequence[Callable[[], None]]) -> None:
     """Do all of it at once, each work in a thread of its own. An error in one has the others stop, and is raised when they have."""
     if len(works) == 1:
         return works[0]()
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
 
     def do(work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:
+        except BaseException as error:
             errors.append(error)
             _ask()
 
     with _listening():
+        _asked.clear()
         threads = [threading.Thread(target=do, args=(work,), daemon=True) for work in works]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
-        asked = _asked.is_set()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C: they save, if they can do so in time
+            _ask()
+            for thread in threads:
+                thread.join(timeout=_PATIENCE_S)
+            raise
+        finally:
+            asked = _asked.is_set()
+            _asked.clear()
     errors.sort(key=lambda error: isinstance(error, Stopped))
     for error in errors[1:]:
-        print(error, flush=True)
+        traceback.print_exception(error) if not isinstance(error, OxyrayError) else print(error, flush=True)
     if errors:
         raise errors[0]
     if asked:
         raise Stopped("stopped on request; what is finished stays, and the same command goes on from there")
 
 
+def asked_to_stop() -> bool:
+    """Whether what is at work side by side has been asked to stop."""
+    return _asked.is_set()
+
+
 def _ask() -> None:
     _asked.set()
     for stop in list(_stops):
-        stop.touch()
+        with suppress(OSError):  # a full disk; the others must hear of it all the same
+            stop.touch()
 
 
 @contextmanager

@@ -309,17 +309,19 @@ def met(run: Run) -> list[bool]:
 
 
 def test_stages_that_need_nothing_of_each_other_may_run_side_by_side(tmp_path: Path) -> None:
-    config = config_of(tmp_path, cluster={"stages_at_once": 2, "object_store_gb": 0.1})
+    config = config_of(tmp_path, cluster={"stages_at_once": 2, "cpus": 2, "object_store_gb": 0.1})
     run_all(config, together(2))
     assert met(Run(config.run_dir)) == [True, True]
     assert all(why_stale(stage, config, Run(config.run_dir)) is None for stage in together(2))
 
 
 @pytest.mark.parametrize(
-    ("at_once", "workers", "reads"), [(1, 1, ()), (2, 1, ("learn",)), (2, 1000, ())], ids=["unless told", "one reads the other", "no room"]
+    ("at_once", "workers", "cpus", "reads"),
+    [(1, 1, 2, ()), (2, 1, 2, ("learn",)), (2, 1, 1, ()), (2, 1000, 2, ())],
+    ids=["unless told", "one reads the other", "one core", "no room"],
 )
-def test_stages_run_one_after_the_other(at_once: int, workers: int, reads: tuple[str, ...], tmp_path: Path) -> None:
-    config = config_of(tmp_path, cluster={"stages_at_once": at_once, "object_store_gb": 0.1})
+def test_stages_run_one_after_the_other(at_once: int, workers: int, cpus: int, reads: tuple[str, ...], tmp_path: Path) -> None:
+    config = config_of(tmp_path, cluster={"stages_at_once": at_once, "cpus": cpus, "object_store_gb": 0.1})
     run_all(config, together(1, workers=workers, reads=reads))
     assert met(Run(config.run_dir)) == [False, False]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -52,6 +53,46 @@ def test_an_error_has_the_others_save_and_is_raised(tmp_path: Path, capsys: pyte
     with pytest.raises(TrainingError, match="not finite"):
         side_by_side([lambda: until_asked(tmp_path / "a"), fails, lambda: until_asked(tmp_path / "b")])
     assert {"a is saved", "b is saved"} <= set(capsys.readouterr().out.splitlines())
+
+
+def test_an_end_of_any_kind_is_no_success() -> None:
+    with pytest.raises(SystemExit):
+        side_by_side([lambda: sys.exit(3), lambda: None])
+
+
+def test_what_cannot_be_asked_keeps_nobody_from_being_asked(tmp_path: Path) -> None:
+    def gone() -> None:
+        with stop_on_sigterm(tmp_path / "no such folder" / "stop"):
+            time.sleep(0.2)
+        raise TrainingError("its folder is gone")
+
+    with pytest.raises(TrainingError, match="is gone"):
+        side_by_side([gone, lambda: until_asked(tmp_path / "b")])
+    assert (tmp_path / "b").exists()
+
+
+def test_an_error_elsewhere_than_in_the_main_thread_is_forgotten_with_its_works() -> None:
+    told: list[BaseException] = []
+
+    def outside() -> None:
+        for works in ([sys.exit, lambda: None], [lambda: None] * 2):
+            try:
+                side_by_side(works)
+            except BaseException as error:
+                told.append(error)
+
+    thread = threading.Thread(target=outside)
+    thread.start()
+    thread.join(LIMIT)
+    assert [type(error) for error in told] == [SystemExit]
+
+
+def test_ctrl_c_lets_the_works_save_first(tmp_path: Path) -> None:
+    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side([lambda stop=tmp_path / str(n): until_asked(stop) for n in range(2)])  # type: ignore[misc]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
 @pytest.mark.parametrize("works", [1, 2])

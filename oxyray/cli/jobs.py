@@ -139,8 +139,10 @@ def _outcome_of(ref: Any, job: Job) -> Outcome:
 
 
 def _with_threads(job: Job, threads: int) -> Job:
-    """Jobs side by side share the cores: give each training worker its share, unless the job says otherwise."""
+    """Jobs side by side share the cores: give each training worker its share, unless the job says otherwise. A job's stages follow each
+    other."""
     train = {"threads_per_worker": None, **job.values.get("train", {})}
     if train["threads_per_worker"] is None:
         train["threads_per_worker"] = threads
-    return replace(job, values={**job.values, "train": train})
+    cluster = {**job.values.get("cluster", {}), "stages_at_once": 1}
+    return replace(job, values={**job.values, "train": train, "cluster": cluster})

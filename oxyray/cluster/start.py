@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -23,6 +24,7 @@ from oxyray.config import ClusterConfig
 from oxyray.errors import ClusterError
 
 _LEAST_STORE = 80 * 2**20  # Ray refuses a smaller object store
+_TRIES, _PAUSE_S = 6, 0.5
 _shared_cpus: int | None = None  # within `one_ray`: what its Ray offers at least
 
 
@@ -108,12 +110,19 @@ def one_ray(processes: int) -> Iterator[None]:
 
 
 def room_for(config: ClusterConfig, workers: int) -> bool:
-    """Whether Ray has a GPU for each of so many workers, or a CPU where it has no GPUs. Starts or joins it as `ray_for`."""
+    """Whether so many workers find a free core each, and a GPU each where there are GPUs. Starts or joins Ray as `ray_for`."""
     import ray
 
+    kinds = ["CPU"]
     with ray_for(config, 1):
-        have = ray.cluster_resources()
-    return bool((have.get("GPU") or have.get("CPU", 0)) >= workers)
+        kinds += ["GPU"] if ray.cluster_resources().get("GPU") else []
+        for _ in range(_TRIES):  # what the stage before held comes free a moment later
+            free = ray.available_resources()
+            if found := all(free.get(kind, 0) >= workers for kind in kinds):
+                break
+            time.sleep(_PAUSE_S)
+    own = config.address == "local"  # its cores may be more than the machine has
+    return found and (not own or (config.cpus or os.cpu_count() or 1) >= workers)
 
 
 def store_bytes(wanted_gb: float) -> int:

@@ -120,13 +120,15 @@ def _fit(name: str, task: Task, config: Config, run: Run) -> None:
             mend = "use fewer workers" + (f" or {task.key}.gpu=never" if kind == "GPU" else " or a larger cluster")
             raise ConfigError(f"{task.key}.workers={settings.workers}, but Ray has {have.get(kind, 0):g} {kind}s: {mend}")
     # A worker that cannot start in time is an error, not a wait.
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(settings.timeout_s, config.cluster.start_timeout_s))
+    longest = max(config.train.timeout_s, config.rank.timeout_s, config.fuse.timeout_s, config.cluster.start_timeout_s)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(longest)  # one value for stages side by side: they share the environment
     if config.cluster.address == "local":
         # Nothing preempts the own machine, and nobody reads the metrics: two processes less to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     told = {"task": name, "config": to_dict(config) | {"run_dir": str(run.folder)}}
     resources = {"CPU": 1.0, **({"GPU": 1.0} if gpu else {})}
+    variables = environment(config, settings.threads_per_worker, settings.workers * config.cluster.stages_at_once)
     most = settings.max_restarts
 
     def fit(records: str) -> None:
@@ -139,7 +141,7 @@ def _fit(name: str, task: Task, config: Config, run: Run) -> None:
                 name=stage,
                 storage_path=records,
                 failure_config=FailureConfig(max_failures=most, controller_failure_limit=most),  # type: ignore[call-arg]
-                worker_runtime_env={"env_vars": environment(config, settings.threads_per_worker, settings.workers)},
+                worker_runtime_env={"env_vars": variables},
             ),
         ).fit()
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from oxyray.config import Config
+from oxyray.errors import Stopped
 from oxyray.files import write_json
 from oxyray.model.inputs import Inputs
 from oxyray.model.tables import TableSpec
@@ -25,6 +26,7 @@ from oxyray.reward.ranker import HEADS, Ranker
 from oxyray.reward.saved import packer_of, ranker_tables, write_ranker
 from oxyray.reward.stream import RankStream
 from oxyray.run import Run
+from oxyray.stopping import asked_to_stop
 from oxyray.train.course import deciding
 from oxyray.train.driver import train
 from oxyray.train.engine import TrainEngine
@@ -40,6 +42,8 @@ def rank(config: Config, run: Run) -> None:
     log = Log.of(config, run, inputs.prepared)
     train("oxyray.train.rank:RankTask", config, run)
     run.stamp("rank").unlink(missing_ok=True)  # of the ranker before, should the comparison be interrupted
+    if asked_to_stop():
+        raise Stopped("rank: stopped on request; the ranker is trained, and the same command goes on to compare it")
     found = compare(config, run, inputs, log)
     write_json(run.path("rank", "metrics.json"), found)
     for line in found["table"]:
