@@ -88,10 +88,14 @@ def test_an_error_elsewhere_than_in_the_main_thread_is_forgotten_with_its_works(
 
 
 def test_ctrl_c_lets_the_works_save_first(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever handler others have left in this process
     timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        side_by_side([lambda stop=tmp_path / str(n): until_asked(stop) for n in range(2)])  # type: ignore[misc]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            side_by_side([lambda stop=tmp_path / str(n): until_asked(stop) for n in range(2)])  # type: ignore[misc]
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 

@@ -14,9 +14,11 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def train(task: str, config: Config, run: Run) -> None:
         return
     for name in ("stop", "error.json", "progress.json"):
         (folder / name).unlink(missing_ok=True)
-    with ray_for(config.cluster, workers), _Watch(made, folder) as watch, stop_on_sigterm(folder / "stop"):
+    with ray_for(config.cluster, workers), _ctrl_c_as_before(), _Watch(made, folder) as watch, stop_on_sigterm(folder / "stop"):
         _fit(task, made, config, run)
     raise_left_error(folder)
     if (folder / "stop").exists():
@@ -254,6 +256,19 @@ def _summary(task: Task, folder: Path) -> str:
             "(docs/policy.md)"
         )
     return told
+
+
+@contextmanager
+def _ctrl_c_as_before() -> Iterator[None]:
+    """Ray Train leaves its own handler behind, for which a later Ctrl-C would be a success."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Watch:

@@ -131,7 +131,7 @@ def test_a_model_of_an_earlier_end_is_not_taken_for_this_ones(tmp_path: Path) ->
 def test_sigterm_leaves_a_checkpoint(config: Config, tmp_path: Path) -> None:
     long = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=3000, workers=1, save_every_minutes=60))
     made = copy(long, tmp_path / "run")
-    asked = when_at(tmp_path / "run", 5, lambda progress: os.kill(os.getpid(), signal.SIGTERM))
+    asked, ctrl_c = when_at(tmp_path / "run", 5, lambda progress: os.kill(os.getpid(), signal.SIGTERM)), signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped, match="pretrain: stopped on request"):
         pretrain(made, Run(made.run_dir))
     asked.join(timeout=10)
@@ -140,3 +140,4 @@ def test_sigterm_leaves_a_checkpoint(config: Config, tmp_path: Path) -> None:
     assert found.step >= 5
     assert found.meta["course"]["ended"] == ""
     assert not (tmp_path / "run" / "pretrain" / "model").exists()
+    assert signal.getsignal(signal.SIGINT) == ctrl_c, "Ray Train's own handler would end a later Ctrl-C with success"
