@@ -34,7 +34,7 @@ from oxyray.stopping import side_by_side
 from oxyray.tracking import tracked
 
 StageFunction = Callable[[Config, Run], None]
-_BEGINNING = threading.Lock()
+_BEGINNING = threading.Lock()  # stages side by side write the run's configuration and versions in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,11 @@ def vector_files(config: Config) -> list[Path]:
     return files_under(config.sid.given) if read and config.sid.given else []
 
 
+def _fused(config: Config) -> bool:
+    """Whether semantic IDs come from the item encoder."""
+    return config.sid.vectors == "fused"
+
+
 def _on_workers(group: str) -> tuple[str, ...]:
     """Settings of a training run that change its speed alone."""
     names = ("workers", "gpu", "threads_per_worker", "micro_batches", "optim.zero_stage", "save_every_minutes", "keep_checkpoints")
@@ -116,7 +121,7 @@ STAGES: tuple[Stage, ...] = (
         settings=("fuse", "sid.encoder", "sid.given"),
         speed=tuple(name for name in _on_workers("fuse") if name != "fuse.micro_batches"),  # a pair is compared within its micro-batch
         files=vector_files,
-        wanted=lambda config: config.sid.vectors == "fused",
+        wanted=_fused,
     ),
     Stage(
         name="sid",
@@ -125,7 +130,7 @@ STAGES: tuple[Stage, ...] = (
         folder="sid",
         form=3,
         reads=("prepare", "fuse"),
-        skips=lambda config: () if config.sid.vectors == "fused" else ("fuse",),
+        skips=lambda config: () if _fused(config) else ("fuse",),
         settings=("sid",),
         speed=("sid.batch_items", "sid.workers", "sid.cache_dir"),
         files=vector_files,

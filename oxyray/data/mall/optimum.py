@@ -35,7 +35,7 @@ _CELLS = 4_000_000
 
 @dataclass(frozen=True)
 class SlateValue:
-    """Expected clicks, purchases and turnover (price times pieces) of one showing of a slate, float64 (R,)."""
+    """Expected clicks, carts, purchases and turnover (price times pieces) of one showing of a slate, float64 (R,)."""
 
     clicks: np.ndarray
     carts: np.ndarray
